@@ -1,0 +1,276 @@
+"""The masked autoencoder (He et al., 2022) with a pluggable masking strategy. It is handed one, it knows none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from timm.layers import PatchEmbed, to_2tuple
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from masking import Mask, RandomMasking
+from util.packing import PackedAttention, PackedLayout
+from util.pos_embed import sincos_2d
+from util.precision import full_fp32
+
+_MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {}
+
+
+class MaskedAutoencoderViT(nn.Module):
+    """ViT encoder over the kept patches, light ViT decoder over all, loss on the removed ones.
+
+    Args:
+        img_size, patch_size: pixels, one number or (height, width).
+        in_chans: channels of the images.
+        embed_dim, depth, num_heads: encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: decoder.
+        mlp_ratio: hidden width of the MLPs over their input's.
+        norm_layer: normalisation layer, called with a width.
+        norm_pix_loss: predict patches normalised by their own mean and deviation.
+        masking: strategy `(tokens, noise=None) -> masking.Mask`; random masking of 75% by default.
+
+    Raises:
+        ValueError: the image is not a whole number of patches, or a width does not fit its heads.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        in_chans: int = 3,
+        embed_dim: int = 1024,
+        depth: int = 24,
+        num_heads: int = 16,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+        norm_pix_loss: bool = False,
+        masking: Callable[..., Mask] | None = None,
+    ):
+        super().__init__()
+        _check_sizes(img_size, patch_size, in_chans, norm_pix_loss)
+        _check_heads(embed_dim, num_heads, decoder_embed_dim, decoder_num_heads)
+        self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
+        self.masking = masking if masking is not None else RandomMasking()
+        self.mask_stats: dict[str, torch.Tensor] = {}  # diagnostics (N,) of the last forward, for the log
+
+        self.patch_embed = PatchEmbed(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim)
+        grid = self.patch_embed.grid_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(sincos_2d(embed_dim, grid), requires_grad=False)
+        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer, attn_layer=PackedAttention)
+        self.blocks = nn.ModuleList([block(embed_dim, num_heads) for _ in range(depth)])
+        self.norm = norm_layer(embed_dim)
+
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.decoder_pos_embed = nn.Parameter(sincos_2d(decoder_embed_dim, grid), requires_grad=False)
+        self.decoder_blocks = nn.ModuleList([block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth)])
+        self.decoder_norm = norm_layer(decoder_embed_dim)
+        height, width = self.patch_embed.patch_size
+        self.decoder_pred = nn.Linear(decoder_embed_dim, height * width * in_chans)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.mask_token, std=0.02)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.patch_embed.proj.out_channels, -1))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    @property
+    def num_patches(self) -> int:
+        """L, the number of patches of an image."""
+        return self.patch_embed.num_patches
+
+    def patchify(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, L, p_h * p_w * C); within a patch row, column, channel, the channel fastest."""
+        (rows, columns), (height, width) = self.patch_embed.grid_size, self.patch_embed.patch_size
+        x = images.reshape(images.shape[0], self.in_chans, rows, height, columns, width)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], rows * columns, height * width * self.in_chans)
+
+    def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
+        """(N, L, p_h * p_w * C) -> (N, C, H, W), the inverse of `patchify`."""
+        (rows, columns), (height, width) = self.patch_embed.grid_size, self.patch_embed.patch_size
+        x = patches.reshape(patches.shape[0], rows, columns, height, width, self.in_chans)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], self.in_chans, rows * height, columns * width)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> tokens (N, L, D): patch embedding + position embedding, fp32 because masks are made of it."""
+        with full_fp32(images.device.type):
+            return self.patch_embed(images.float()) + self.pos_embed[:, 1:]
+
+    def choose_mask(self, tokens: torch.Tensor, noise: torch.Tensor | None = None) -> Mask:
+        """Ask the strategy about tokens (N, L, D): no gradient, no autocast."""
+        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
+            return self.masking(tokens.detach(), noise=noise)
+
+    def encode(self, tokens: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+        """Run the class token and the kept tokens through the encoder.
+
+        Args:
+            tokens: (N, L, D) from `embed`.
+            mask: what to keep; None keeps all.
+
+        Returns:
+            (N, K + 1, D), the class token first, where all images keep K; else packed image by image
+            (sum(num_keep + 1), D), each image's class token first.
+        """
+        num_images, num_tokens, dim = tokens.shape
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(num_images, -1, -1)  # (N, 1, D)
+        layout = None
+        if mask is None:
+            x = torch.cat([cls_token, tokens], dim=1)
+        elif mask.keep_lengths is None:
+            kept = torch.gather(tokens, 1, mask.ids_keep[..., None].expand(-1, -1, dim))
+            x = torch.cat([cls_token, kept], dim=1)  # (N, K + 1, D)
+        else:
+            layout = PackedLayout.from_lengths(tuple(k + 1 for k in mask.keep_lengths), tokens.device)
+            x = torch.cat([cls_token, tokens], dim=1).flatten(0, 1)[_slots(mask, num_tokens)]  # (T, D)
+        for block in self.blocks:
+            x = block(x, attn_mask=layout)
+        return self.norm(x)
+
+    def forward_encoder(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, Mask]:
+        """images (N, C, H, W) -> latent as from `encode`, and the mask."""
+        tokens = self.embed(images)
+        mask = self.choose_mask(tokens, noise)
+        self.mask_stats = mask.stats
+        return self.encode(tokens, mask), mask
+
+    def forward_decoder(self, latent: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Latent from the encoder -> predicted patches (N, L, p_h * p_w * C)."""
+        num_images, num_tokens = mask.mask.shape
+        encoded = self.decoder_embed(latent).flatten(0, -2)  # (T, d), packed image by image
+        slots = _slots(mask, num_tokens)
+        x = self.mask_token.to(encoded.dtype).expand(num_images, num_tokens + 1, -1).flatten(0, 1)
+        x = x.index_copy(0, slots, encoded).view(num_images, num_tokens + 1, -1)  # (N, L + 1, d)
+        x = x + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def forward_loss(self, images: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean squared error over the removed tokens of the batch, Eq. 2. images (N, C, H, W), mask (N, L), 1 = removed."""
+        target = self.patchify(images).float()
+        if self.norm_pix_loss:
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        loss = (pred.float() - target).square().mean(dim=-1)  # (N, L)
+        return (loss * mask).sum() / mask.sum()
+
+    def forward(
+        self, images: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mask, encode, decode.
+
+        Args:
+            images: (N, C, H, W), normalised.
+            noise: (N, L) in [0, 1), replaces the strategy's own draw.
+
+        Returns:
+            loss (0-dim), pred (N, L, p_h * p_w * C), mask (N, L) bool, True = removed.
+        """
+        latent, mask = self.forward_encoder(images, noise)
+        pred = self.forward_decoder(latent, mask)
+        return self.forward_loss(images, pred, mask.mask), pred, mask.mask
+
+
+def _slots(mask: Mask, num_tokens: int) -> torch.Tensor:
+    """(T,) places of each image's class token and kept tokens in the flattened (N, L + 1) sequence."""
+    num_images = mask.mask.shape[0]
+    start = torch.arange(num_images, device=mask.mask.device) * (num_tokens + 1)  # (N,)
+    if mask.keep_lengths is None:
+        return torch.cat([start[:, None], start[:, None] + 1 + mask.ids_keep], dim=1).flatten()
+    total = sum(mask.keep_lengths)
+    image = torch.repeat_interleave(torch.arange(num_images, device=start.device), mask.num_keep, output_size=total)
+    slots = torch.empty(total + num_images, dtype=torch.int64, device=start.device)
+    first = torch.cumsum(mask.num_keep + 1, dim=0) - mask.num_keep - 1  # (N,) where each image begins
+    slots[first] = start
+    slots[torch.arange(total, device=start.device) + image + 1] = start[image] + 1 + mask.ids_keep
+    return slots
+
+
+def _check_sizes(img_size, patch_size, in_chans: int, norm_pix_loss: bool) -> None:
+    image, patch = to_2tuple(img_size), to_2tuple(patch_size)
+    for side, length, step in zip(("height", "width"), image, patch, strict=True):
+        if step < 1 or length < step or length % step:
+            raise ValueError(f"input_size: the {side} of {length} pixels is not a whole number of patches of {step}")
+    if in_chans < 1:
+        raise ValueError(f"in_chans is {in_chans}; an image has at least one channel")
+    if norm_pix_loss and patch[0] * patch[1] * in_chans == 1:
+        raise ValueError("norm_pix_loss needs patches of at least two values; a single one has no deviation")
+
+
+def _check_heads(embed_dim: int, num_heads: int, decoder_embed_dim: int, decoder_num_heads: int) -> None:
+    for name, width, heads in (("", embed_dim, num_heads), ("decoder_", decoder_embed_dim, decoder_num_heads)):
+        if width % heads:
+            raise ValueError(f"{name}embed_dim {width} is not divisible by {name}num_heads {heads}")
+
+
+def register_model(constructor: Callable[..., MaskedAutoencoderViT]) -> Callable[..., MaskedAutoencoderViT]:
+    """Decorator: make a constructor available as `--model <its name>`."""
+    _MODELS[constructor.__name__] = constructor
+    return constructor
+
+
+def available_models() -> list[str]:
+    """Names for `--model`."""
+    return sorted(_MODELS)
+
+
+def create_model(name: str, **options) -> MaskedAutoencoderViT:
+    """The registered model `name`; `options` go to `MaskedAutoencoderViT`. KeyError for an unknown name."""
+    return _MODELS[name](**options)
+
+
+@register_model
+def mae_vit_base_patch16(**options) -> MaskedAutoencoderViT:
+    """ViT-B/16: 12 blocks of 768; decoder of 8 blocks of 512."""
+    return MaskedAutoencoderViT(**{"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **options})
+
+
+@register_model
+def mae_vit_large_patch16(**options) -> MaskedAutoencoderViT:
+    """ViT-L/16: 24 blocks of 1024; decoder of 8 blocks of 512."""
+    return MaskedAutoencoderViT(**{"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **options})
+
+
+@register_model
+def mae_vit_huge_patch14(**options) -> MaskedAutoencoderViT:
+    """ViT-H/14: 32 blocks of 1280; decoder of 8 blocks of 512."""
+    return MaskedAutoencoderViT(**{"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **options})
+
+
+def _small(embed_dim: int, depth: int, num_heads: int, decoder_embed_dim: int, decoder_depth: int) -> dict:
+    return {
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "decoder_embed_dim": decoder_embed_dim,
+        "decoder_depth": decoder_depth,
+        "decoder_num_heads": decoder_embed_dim // 32,
+    }
+
+
+@register_model
+def mae_vit_small_patch16(**options) -> MaskedAutoencoderViT:
+    """ViT-S/16: 12 blocks of 384; decoder of 4 blocks of 256."""
+    return MaskedAutoencoderViT(**{"patch_size": 16, **_small(384, 12, 6, 256, 4), **options})
+
+
+@register_model
+def mae_vit_tiny_patch4(**options) -> MaskedAutoencoderViT:
+    """For 32-pixel images: 12 blocks of 192, patches of 4; decoder of 4 blocks of 96."""
+    return MaskedAutoencoderViT(**{"img_size": 32, "patch_size": 4, **_small(192, 12, 3, 96, 4), **options})
+
+
+@register_model
+def mae_vit_mini_patch2(**options) -> MaskedAutoencoderViT:
+    """For 8- to 16-pixel images: 4 blocks of 96, patches of 2; decoder of 2 blocks of 64."""
+    return MaskedAutoencoderViT(**{"img_size": 8, "patch_size": 2, **_small(96, 4, 3, 64, 2), **options})

@@ -1,0 +1,88 @@
+"""Processes: who am I, how many are we, sums over all. One process = not distributed."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import warnings
+
+import torch
+import torch.distributed as td
+from torch import nn
+
+
+def rank() -> int:
+    """This process's number, 0 without a launcher."""
+    return td.get_rank() if td.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a launcher."""
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """True in the process that writes files and talks."""
+    return rank() == 0
+
+
+def launched_world_size() -> int:
+    """Number of processes the launcher (torchrun, srun) says there are; known before `init`."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def init(device: str | None, timeout_s: float = 1800) -> torch.device:
+    """Join the process group that torchrun's environment describes, if any, and choose this process's device.
+
+    A request for more GPUs than exist only warns: without CUDA the CPU is used, and processes share GPUs.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    backend = "nccl"
+    if target.type == "cuda" and not torch.cuda.is_available():
+        warnings.warn("--device cuda: no CUDA GPU is visible here; training on the CPU instead", stacklevel=2)
+        target = torch.device("cpu")
+    if target.type == "cuda" and target.index is None:
+        count, local_size = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local_size > count:
+            warnings.warn(f"{local_size} processes share {count} GPU(s) on this machine", stacklevel=2)
+            backend = "gloo"  # NCCL refuses two processes on one GPU
+        target = torch.device("cuda", local_rank % count)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    if launched_world_size() > 1:
+        backend = backend if target.type == "cuda" else "gloo"
+        td.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    return target
+
+
+def finish() -> None:
+    """Leave the process group."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if td.is_initialized():
+        td.barrier()
+
+
+def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
+    """`tensor` summed (or `op` = "max") over all processes, in place."""
+    if td.is_initialized():
+        td.all_reduce(tensor, op={"sum": td.ReduceOp.SUM, "max": td.ReduceOp.MAX}[op])
+    return tensor
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` in DistributedDataParallel where there are several processes, else as it is."""
+    if not td.is_initialized():
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -1,0 +1,52 @@
+"""Random states as pure functions of what they belong to, so that nothing depends on history or process layout."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+# Streams: the same numbers in another role must not give the same random state.
+ORDER, SAMPLE, STEP, MODEL = range(4)
+
+
+def derive(seed: int, *keys: int) -> int:
+    """A 63-bit seed for (seed, *keys); near-by keys give unrelated seeds."""
+    return int(np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device). No host synchronisation."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """State for one optimizer step on one rank: masking noise, drop path, mixup."""
+    seed_all(derive(seed, STEP, step, rank))
+
+
+@contextlib.contextmanager
+def sample_state(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """State for the augmentation of sample `index` in `epoch`; the caller's own state is given back after."""
+    before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    value = derive(seed, SAMPLE, epoch, index)
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(value)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.random.set_rng_state(before[2])
+
+
+def permutation(seed: int, epoch: int, length: int) -> list[int]:
+    """The order of the samples in `epoch`: a permutation of 0..length-1, the same on every rank."""
+    generator = torch.Generator().manual_seed(derive(seed, ORDER, epoch))
+    return torch.randperm(length, generator=generator).tolist()
