@@ -14,6 +14,7 @@ from masking import Mask, RandomMasking
 from util.packing import PackedAttention, PackedLayout
 from util.pos_embed import sincos_2d
 from util.precision import full_fp32
+from util.suggest import check_known
 
 _MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {}
 
@@ -225,7 +226,8 @@ def available_models() -> list[str]:
 
 
 def create_model(name: str, **options) -> MaskedAutoencoderViT:
-    """The registered model `name`; `options` go to `MaskedAutoencoderViT`. KeyError for an unknown name."""
+    """The registered model `name`; `options` go to `MaskedAutoencoderViT`. ValueError for an unknown name."""
+    check_known("model", name, available_models())
     return _MODELS[name](**options)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -13,6 +12,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
+
+from util.suggest import nearest
 
 Strategy = Callable[..., "Mask"]  # (tokens (N, L, D), noise (N, L) or None) -> Mask
 
@@ -95,7 +96,9 @@ def check_number(name: str, value: float, *, minimum: float = 0.0, exclusive: bo
     """`value` as a finite float of at least (`exclusive`: above) `minimum`; ValueError otherwise."""
     fits = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
     if not fits or value < minimum or (exclusive and value == minimum):
-        raise ValueError(f"{name} is {value!r}; it must be a number {'above' if exclusive else 'of at least'} {minimum:g}")
+        raise ValueError(
+            f"{name} is {value!r}; it must be a number {'above' if exclusive else 'of at least'} {minimum:g}"
+        )
     return float(value)
 
 
@@ -140,8 +143,10 @@ def create(name: str, **options) -> Strategy:
     if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         for option in options:
             if option not in parameters:
-                hint = _nearest(option, parameters)
-                raise ValueError(f"the masking strategy {name!r} has no option {option!r}{hint}; it has {_join(parameters)}")
+                hint = nearest(option, parameters)
+                raise ValueError(
+                    f"the masking strategy {name!r} has no option {option!r}{hint}; it has {_join(parameters)}"
+                )
     return factory(**options)
 
 
@@ -156,7 +161,7 @@ def check(strategy: Strategy, num_tokens: int, embed_dim: int = 8) -> None:
 def _lookup(name: str) -> type:
     if name not in _REGISTRY:
         raise ValueError(
-            f"there is no masking strategy {name!r}{_nearest(name, _REGISTRY)}; "
+            f"there is no masking strategy {name!r}{nearest(name, _REGISTRY)}; "
             f"available: {', '.join(available())}, or your own as package.module:Class"
         )
     return _REGISTRY[name]
@@ -169,12 +174,9 @@ def _load(path: str) -> type:
     try:
         return getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"the masking strategy {path!r} cannot be imported ({error}); write package.module:Class") from error
-
-
-def _nearest(name: str, names) -> str:
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]!r}?)" if found else ""
+        raise ValueError(
+            f"the masking strategy {path!r} cannot be imported ({error}); write package.module:Class"
+        ) from error
 
 
 def _join(names) -> str:

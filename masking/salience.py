@@ -62,9 +62,7 @@ class SBAM:
         delta: salience above which a token counts as salient (here for the log only).
     """
 
-    def __init__(
-        self, mask_ratio: float = 0.75, randomness: float = 0.5, temperature: float = 1.0, delta: float = 0.1
-    ):
+    def __init__(self, mask_ratio: float = 0.75, randomness: float = 0.5, temperature: float = 1.0, delta: float = 0.1):
         self.mask_ratio = check_ratio("mask_ratio", mask_ratio)
         self.randomness = check_number("randomness", randomness)
         self.temperature = check_number("temperature", temperature, exclusive=True)

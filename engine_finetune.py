@@ -1,0 +1,106 @@
+"""Supervised training steps, and evaluation. Fine-tuning and linear probing share both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from util import dist, precision
+from util.epoch import EpochLoop
+from util.log import Averages
+from util.step import GradientStep
+
+Prepare = Callable[[list], tuple[torch.Tensor, torch.Tensor]]  # batch -> images, targets, on the device
+
+
+def train_one_epoch(
+    model: nn.Module,
+    loop: EpochLoop,
+    update: GradientStep,
+    epoch: int,
+    *,
+    prepare: Prepare,
+    smoothing: float = 0.0,
+    amp: str = "none",
+) -> dict[str, float]:
+    """Train a classifier for one epoch.
+
+    Args:
+        model: images (N, C, H, W) -> logits (N, classes).
+        loop: data, learning rates, log.
+        update: collects gradients and steps.
+        epoch: 0-based.
+        prepare: batch -> images and targets; targets are classes (N,) or probabilities (N, classes).
+        smoothing: label smoothing; with mixup it is in the targets and must be 0 here.
+        amp: bf16, fp16 or none.
+
+    Returns:
+        Means over the epoch and all processes: loss, lr, grad_norm.
+    """
+    model.train()
+    return loop.run(
+        epoch, lambda batches, averages: train_step(model, batches, update, averages, prepare, smoothing, amp)
+    )
+
+
+def train_step(
+    model: nn.Module,
+    micro_batches: Iterator[tuple[bool, list]],
+    update: GradientStep,
+    averages: Averages,
+    prepare: Prepare,
+    smoothing: float = 0.0,
+    amp: str = "none",
+) -> tuple[int, torch.Tensor]:
+    """One optimizer step: cross entropy, mean over the whole effective batch.
+
+    Returns:
+        Images of this process, and the gradient's norm, 0-dim, on the device.
+    """
+    num_images = 0
+    for last, batch in micro_batches:
+        images, targets = prepare(batch)
+        with update.sync(last):
+            with precision.autocast(amp, averages.device):
+                logits = model(images)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing, reduction="sum")
+            update.backward(loss)
+        num_images += len(images)
+        averages.add("loss", loss, len(images))
+    return num_images, update.apply(torch.full((), float(num_images), device=averages.device))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, batches: Iterable, prepare: Prepare, device: torch.device, amp: str = "none"
+) -> dict[str, float]:
+    """Accuracy over all processes, each image counted once.
+
+    Args:
+        model: the bare module, not in DistributedDataParallel: processes may have different numbers of batches.
+        batches: this process's share of the images, without padding.
+        prepare: batch -> images and classes (N,) on the device.
+        device, amp: where and in which format.
+
+    Returns:
+        loss (mean cross entropy), acc1 and acc5 (percent), images (counted, over all processes).
+    """
+    model.eval()
+    averages, counted = Averages(device), torch.zeros((), device=device)
+    # Every process needs every name, also one without images.
+    for name in ("loss", "acc1", "acc5"):
+        averages.add(name, 0.0, 0.0)
+    for batch in batches:
+        images, targets = prepare(batch)
+        with precision.autocast(amp, device):
+            logits = model(images)
+        top5 = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
+        hits = top5 == targets[:, None]  # (N, 5)
+        averages.add("loss", F.cross_entropy(logits.float(), targets, reduction="sum"), len(images))
+        averages.add("acc1", 100.0 * hits[:, :1].sum(), len(images))
+        averages.add("acc5", 100.0 * hits.sum(), len(images))
+        counted += len(images)
+    return averages.read() | {"images": int(dist.all_reduce(counted))}

@@ -1,0 +1,100 @@
+#!/usr/bin/env python3
+"""Fine-tune a classifier from a pre-trained encoder. Reads top to bottom as a recipe; `--help` lists the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.models.vision_transformer import VisionTransformer
+
+import models_vit
+import supervised
+from util import cli, optim, run, transforms
+from util.config import FinetuneSettings
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Fine-tune as the command line says."""
+    settings = cli.parse(FinetuneSettings, argv)
+    multiple = 2 if settings.mixes else 1
+
+    def build(num_classes: int, with_head: bool = True) -> VisionTransformer:
+        return build_model(settings, num_classes)
+
+    with cli.exit_on_user_error():
+        inputs = supervised.check(settings, build, multiple)
+    job = run.Run.start(settings, inputs.resumed)
+
+    model = build(inputs.num_classes)
+    models_vit.init_finetune_head(model)
+    if inputs.weights is not None:
+        model.load_state_dict(inputs.weights, strict=False)
+    model.to(job.device)
+    if settings.eval:
+        supervised.evaluate_only(job, inputs, model)
+        return
+    mean, std = supervised.statistics(settings)
+    task = supervised.Task(
+        model=model,
+        optimizer=optim.finetune_adamw(model, settings.weight_decay, settings.layer_decay, job.device),
+        transform=transforms.finetune_transform(
+            model.patch_embed.img_size,
+            tuple(settings.crop_scale),
+            settings.hflip,
+            settings.aa,
+            settings.color_jitter,
+            mean,
+        ),
+        prepare=make_prepare(settings, inputs.num_classes, transforms.Normalize(mean, std).to(job.device), job.device),
+        smoothing=0.0 if settings.mixes else settings.smoothing,  # with mixup it is in the targets
+        multiple=multiple,
+    )
+    supervised.fit(job, inputs, task)
+
+
+def build_model(settings: FinetuneSettings, num_classes: int) -> VisionTransformer:
+    """The classifier, with drop path."""
+    return models_vit.create_model(
+        settings.model,
+        num_classes=num_classes,
+        img_size=settings.size("input_size"),
+        patch_size=settings.size("patch_size"),
+        in_chans=settings.in_chans,
+        global_pool=settings.pools,
+        drop_path=settings.drop_path,
+    )
+
+
+def make_prepare(
+    settings: FinetuneSettings, num_classes: int, normalize: transforms.Normalize, device: torch.device
+) -> Callable[[list], tuple[torch.Tensor, torch.Tensor]]:
+    """Batch of uint8 images and classes -> normalised, erased, mixed, on the device."""
+    erase = RandomErasing(
+        settings.reprob, mode=settings.remode, min_count=settings.recount, max_count=settings.recount, device=device
+    )
+    mix = None
+    if settings.mixes:
+        mix = Mixup(
+            mixup_alpha=settings.mixup,
+            cutmix_alpha=settings.cutmix,
+            cutmix_minmax=settings.cutmix_minmax or None,
+            prob=settings.mixup_prob,
+            switch_prob=settings.mixup_switch_prob,
+            mode=settings.mixup_mode,
+            label_smoothing=settings.smoothing,
+            num_classes=num_classes,
+        )
+
+    def prepare(batch: list) -> tuple[torch.Tensor, torch.Tensor]:
+        images, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+        images = erase(normalize(images)) if settings.reprob > 0 else normalize(images)
+        return mix(images, targets) if mix is not None else (images, targets)
+
+    return prepare
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+#!/usr/bin/env python3
+"""Pre-train a masked autoencoder. Reads top to bottom as a recipe; `--help` lists the settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import engine_pretrain
+import masking
+import models_mae
+from util import checkpoint, cli, datasets, dist, optim, precision, run, transforms
+from util.config import PretrainSettings
+from util.step import GradientStep
+
+
+@dataclass
+class Inputs:
+    """What the settings name, opened and checked."""
+
+    strategy: masking.base.Strategy
+    images: datasets.ImageSet
+    resumed: dict | None  # checkpoint to continue
+    weights: dict | None  # state dict to start from
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Pre-train as the command line says."""
+    settings = cli.parse(PretrainSettings, argv)
+    with cli.exit_on_user_error():
+        inputs = check(settings)
+    job = run.Run.start(settings, inputs.resumed)
+
+    bare = build_model(settings)
+    if inputs.weights is not None:
+        bare.load_state_dict(inputs.weights)
+    bare.to(job.device)
+    if settings.compile:
+        bare.compile()
+    model = dist.wrap(bare, job.device)
+    size, scale = bare.patch_embed.img_size, tuple(settings.crop_scale)
+    transform = transforms.pretrain_transform(size, scale, settings.hflip)
+    loader = job.step_loader(inputs.images, transform)
+    plan = loader.plan
+    optimizer = optim.pretrain_adamw(bare, settings.weight_decay, job.device)
+    scaler = precision.grad_scaler(job.amp, job.device)
+    job.restore(bare, optimizer, scaler)
+
+    nominal_tokens = plan.batch_size * plan.accum_iter * bare.num_patches * settings.mask_ratio
+    update = GradientStep(model, optimizer, scaler, nominal_tokens, settings.clip_grad)
+    shown = ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "grad_norm")
+    loop = job.loop(loader, optimizer, shown)
+    normalize = transforms.Normalize(*channel_statistics(settings)).to(job.device)
+
+    def prepare(batch: list) -> tuple[torch.Tensor]:
+        return (normalize(batch[0].to(job.device, non_blocking=True)),)
+
+    for epoch in job.epochs():
+        warming_up = epoch < settings.masking_warmup_epochs
+        bare.masking = masking.create("random", mask_ratio=settings.mask_ratio) if warming_up else inputs.strategy
+        stats = engine_pretrain.train_one_epoch(model, loop, update, epoch, prepare=prepare, amp=job.amp)
+        job.log.epoch({f"train_{name}": value for name, value in stats.items()} | {"epoch": epoch})
+        job.save(model, optimizer, scaler, epoch, len(loader))
+    if settings.epochs == 0:
+        job.save(model, optimizer, scaler, -1, len(loader))  # the untrained model, to compare with
+    job.finish()
+
+
+def check(settings: PretrainSettings) -> Inputs:
+    """Open what the settings name. ValueError for anything that cannot work, before anything expensive."""
+    with torch.device("meta"):
+        model = build_model(settings)
+    strategy = create_strategy(settings)
+    masking.check(strategy, model.num_patches)
+    channel_statistics(settings)
+    images = datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans)
+    run.step_plan(settings, len(images))
+    run.check_output_dir(settings)
+    resumed = run.load_resumed(settings, checkpoint.resume_path(settings.output_dir, settings.resume), model)
+    weights = None
+    if resumed is None and settings.finetune:
+        weights = checkpoint.model_state(checkpoint.load(settings.finetune), settings.finetune)
+        checkpoint.check_state(settings.finetune, model, weights)
+    return Inputs(strategy, images, resumed, weights)
+
+
+def build_model(settings: PretrainSettings) -> models_mae.MaskedAutoencoderViT:
+    """The model, still with random masking; on the current default device."""
+    sizes = {"img_size": settings.size("input_size"), "patch_size": settings.size("patch_size")}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    return models_mae.create_model(
+        settings.model, in_chans=settings.in_chans, norm_pix_loss=settings.norm_pix_loss, **given
+    )
+
+
+def create_strategy(settings: PretrainSettings) -> masking.base.Strategy:
+    """The masking strategy with its own options."""
+    options = {"mask_ratio": settings.mask_ratio} | cli.parse_options(settings.masking_args)
+    return masking.create(settings.masking, **options)
+
+
+def channel_statistics(settings: PretrainSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation for normalisation."""
+    return transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Classifiers for fine-tuning and linear probing: names over timm's VisionTransformer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from timm.layers import to_2tuple
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from util.checkpoint import describe_difference
+from util.pos_embed import resize_pos_embed
+from util.suggest import check_known
+
+# name -> patch size, width, blocks, heads, default image size; the encoders of models_mae under the same suffix.
+_ARCHITECTURES = {
+    "vit_mini_patch2": (2, 96, 4, 3, 8),
+    "vit_tiny_patch4": (4, 192, 12, 3, 32),
+    "vit_small_patch16": (16, 384, 12, 6, 224),
+    "vit_base_patch16": (16, 768, 12, 12, 224),
+    "vit_large_patch16": (16, 1024, 24, 16, 224),
+    "vit_huge_patch14": (14, 1280, 32, 16, 224),
+}
+
+
+def available_models() -> list[str]:
+    """Names for `--model`."""
+    return sorted(_ARCHITECTURES)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int,
+    img_size: int | tuple[int, int] | None = None,
+    patch_size: int | tuple[int, int] | None = None,
+    in_chans: int = 3,
+    global_pool: bool = True,
+    drop_path: float = 0.0,
+) -> VisionTransformer:
+    """A classifier.
+
+    Args:
+        name: one of `available_models()`.
+        num_classes: outputs.
+        img_size, patch_size: pixels, one number or (height, width); the name's own if None.
+        in_chans: channels of the images.
+        global_pool: mean of the patch tokens, then a new LayerNorm; else the class token after the final LayerNorm.
+        drop_path: stochastic depth rate of the last block, rising linearly from 0.
+
+    Raises:
+        ValueError: unknown name, or the image is not a whole number of patches.
+    """
+    check_known("model", name, available_models())
+    default_patch, embed_dim, depth, num_heads, default_size = _ARCHITECTURES[name]
+    image, patch = to_2tuple(img_size or default_size), to_2tuple(patch_size or default_patch)
+    for length, step in zip(image, patch, strict=True):
+        if step < 1 or length < step or length % step:
+            raise ValueError(f"input_size: {length} pixels are not a whole number of patches of {step}")
+    return VisionTransformer(
+        img_size=image,
+        patch_size=patch,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        global_pool="avg" if global_pool else "token",
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        drop_path_rate=drop_path,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    )
+
+
+def fit_state(
+    model: VisionTransformer, state: dict[str, torch.Tensor], old_grid: tuple[int, int] | None = None
+) -> dict[str, torch.Tensor]:
+    """The part of a checkpoint that `model` starts from: a pre-trained encoder, or a fine-tuned classifier.
+
+    The decoder is left out, the position table is resized to the model's grid, a head for another number of classes
+    is left out.
+
+    Args:
+        model: from `create_model`, before its head is changed; the meta device will do.
+        state: a checkpoint's state dict.
+        old_grid: rows and columns of patches of the checkpoint; a square grid if None.
+
+    Returns:
+        For `load_state_dict(..., strict=False)`: all but `head.*`, and but `fc_norm.*` with global pooling.
+
+    Raises:
+        ValueError: any other tensor is missing, or has another shape; names the first few.
+    """
+    wanted = model.state_dict()
+    grid = model.patch_embed.grid_size
+    state = {name: tensor for name, tensor in state.items() if name in wanted}
+    table = state.get("pos_embed")
+    if table is not None and table.shape[-1] == wanted["pos_embed"].shape[-1]:
+        state["pos_embed"] = _fit_table(table, grid, old_grid)
+    if "head.weight" in state and state["head.weight"].shape != wanted["head.weight"].shape:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+    start_fresh = {name for name in wanted if name.startswith(("head.", "fc_norm.")) and name not in state}
+    difference = describe_difference({name: wanted[name] for name in wanted if name not in start_fresh}, state)
+    if difference:
+        raise ValueError(f"a checkpoint of another architecture than --model: {difference}")
+    return state
+
+
+def _fit_table(table: torch.Tensor, grid: tuple[int, int], old_grid: tuple[int, int] | None) -> torch.Tensor:
+    if old_grid is None:
+        side = round((table.shape[1] - 1) ** 0.5)
+        if side * side != table.shape[1] - 1:
+            raise ValueError(f"the checkpoint's position table has {table.shape[1] - 1} places, not a square grid")
+        old_grid = (side, side)
+    return table if tuple(old_grid) == tuple(grid) else resize_pos_embed(table, grid, old_grid)
+
+
+def add_probe_head(model: VisionTransformer) -> None:
+    """Freeze `model` and give it the head of linear probing: BatchNorm without scale and shift, then a linear layer."""
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    linear = nn.Linear(model.head.in_features, model.head.out_features)
+    nn.init.trunc_normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    model.head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear)
+
+
+def init_finetune_head(model: VisionTransformer) -> None:
+    """Start the head close to zero, as MAE does: its first outputs are almost equal for all classes."""
+    nn.init.trunc_normal_(model.head.weight, std=2e-5)

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Set up everything and run the linter and the tests. Arguments go to pytest: scripts/test.sh tests/test_masking.py -x
+. "$(dirname "$0")/setup.sh" requirements.txt requirements-dev.txt
+# Parallel test processes of several threads each would fight for the cores.
+export OMP_NUM_THREADS=1
+ruff check .
+ruff format --check .
+python -m pytest -n "$(python -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')" "$@"

@@ -1,0 +1,186 @@
+"""What fine-tuning and linear probing share: opening their inputs, and the epochs with evaluation after each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+import engine_finetune
+import models_vit
+from util import checkpoint, dist, precision, run, transforms
+from util.batches import evaluation_loader
+from util.config import SupervisedSettings
+from util.datasets import ImageSet, SeededImages, open_labelled
+from util.step import GradientStep
+
+
+@dataclass
+class Inputs:
+    """What the settings name, opened and checked."""
+
+    train: ImageSet | None  # None with --eval
+    val: ImageSet
+    num_classes: int
+    resumed: dict | None  # checkpoint to continue
+    weights: dict[str, torch.Tensor] | None  # part of a checkpoint to start from
+
+
+def check(settings: SupervisedSettings, build: Callable[[int, bool], VisionTransformer], multiple: int = 1) -> Inputs:
+    """Open what the settings name.
+
+    Args:
+        settings: of the task.
+        build: (number of classes, with the task's own head) -> the model.
+        multiple: of which the micro-batches must be.
+
+    Raises:
+        ValueError: for anything that cannot work, before anything expensive.
+    """
+    transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
+    train = None if settings.eval else _open(settings, "train")
+    val = _open(settings, "val")
+    if train is not None and set(val.classes) - set(train.classes):
+        extra = sorted(set(val.classes) - set(train.classes))
+        raise ValueError(
+            f"--data_path {settings.data_path}: val/ has classes that train/ has not: {', '.join(extra[:5])}"
+        )
+    if train is not None and val.classes != train.classes:
+        val = val.relabelled(train.classes)
+    found = len((train or val).classes)
+    if settings.nb_classes is not None and settings.nb_classes < found:
+        raise ValueError(f"--nb_classes {settings.nb_classes}: the pictures have {found} classes")
+    num_classes = settings.nb_classes or found
+    with torch.device("meta"):
+        bare, model = build(num_classes, False), build(num_classes, True)
+    if train is not None:
+        run.step_plan(settings, len(train), multiple)
+    run.check_output_dir(settings)
+    resumed, weights = _find_start(settings, bare, model)
+    return Inputs(train, val, num_classes, resumed, weights)
+
+
+def _open(settings: SupervisedSettings, split: str) -> ImageSet:
+    return open_labelled(settings.dataset, settings.data_path, split, settings.in_chans)
+
+
+def _find_start(
+    settings: SupervisedSettings, bare: VisionTransformer, model: VisionTransformer
+) -> tuple[dict | None, dict | None]:
+    """(checkpoint to continue, weights to start from): own last, --resume, --finetune; with --eval --resume is first."""
+    path = checkpoint.resume_path(settings.output_dir, settings.resume)
+    if settings.eval:
+        path = settings.resume or (None if settings.finetune else path)
+    if path is not None:
+        content = checkpoint.load(path)
+        checkpoint.check_state(path, model, checkpoint.model_state(content, path))
+        return (content if settings.eval else run.load_resumed(settings, path, model)), None
+    if not settings.finetune:
+        if settings.eval:
+            raise ValueError("--eval: name the checkpoint to evaluate with --resume or --finetune")
+        return None, None
+    content = checkpoint.load(settings.finetune)
+    grid = content.get("grid")
+    try:
+        state = checkpoint.model_state(content, settings.finetune)
+        return None, models_vit.fit_state(bare, state, tuple(grid) if grid else None)
+    except ValueError as error:
+        raise ValueError(f"--finetune {settings.finetune}: {error}") from error
+
+
+@dataclass
+class Task:
+    """Everything the epochs need that differs between fine-tuning and probing.
+
+    Attributes:
+        model: the classifier, on the device, bare.
+        optimizer: over its trained parameters.
+        transform: PIL image -> uint8 tensor, for training.
+        prepare: batch -> images and targets on the device, for training.
+        smoothing: label smoothing of the loss.
+        multiple: of which the micro-batches must be.
+    """
+
+    model: VisionTransformer
+    optimizer: torch.optim.Optimizer
+    transform: Callable
+    prepare: engine_finetune.Prepare
+    smoothing: float = 0.0
+    multiple: int = 1
+
+
+def fit(job: run.Run, inputs: Inputs, task: Task) -> None:
+    """Train and evaluate for the epochs that are left; save and log after each."""
+    settings, bare = job.settings, task.model
+    evaluate = evaluator(job, inputs, bare)
+    scaler = precision.grad_scaler(job.amp, job.device)
+    job.restore(bare, task.optimizer, scaler)
+    if settings.compile:
+        bare.compile()
+    model: nn.Module = dist.wrap(bare, job.device)
+    loader = job.step_loader(inputs.train, task.transform, task.multiple)
+    nominal_images = settings.batch_size * loader.plan.accum_iter
+    update = GradientStep(model, task.optimizer, scaler, nominal_images, settings.clip_grad)
+    loop = job.loop(loader, task.optimizer)
+    for epoch in job.epochs():
+        train = engine_finetune.train_one_epoch(
+            model, loop, update, epoch, prepare=task.prepare, smoothing=task.smoothing, amp=job.amp
+        )
+        test = evaluate()
+        job.best = max(job.best, test["acc1"])
+        job.log.say(_describe(f"epoch {epoch}", test, job.best))
+        job.log.scalars({f"test/{name}": value for name, value in test.items()}, (epoch + 1) * len(loader))
+        line = {f"train_{name}": value for name, value in train.items()}
+        line |= {f"test_{name}": value for name, value in test.items()}
+        job.log.epoch(line | {"test_acc1_best_epoch": job.best, "epoch": epoch})
+        job.save(model, task.optimizer, scaler, epoch, len(loader))
+    if job.start_epoch >= settings.epochs:
+        job.log.say(_describe("finished before", evaluate(), job.best))
+    job.finish()
+
+
+def evaluate_only(job: run.Run, inputs: Inputs, model: VisionTransformer) -> None:
+    """`--eval`: accuracy of a checkpoint, nothing else."""
+    if inputs.resumed is not None:
+        model.load_state_dict(checkpoint.model_state(inputs.resumed))
+    test = evaluator(job, inputs, model)()
+    job.log.say(_describe("evaluated", test, test["acc1"]))
+    job.finish()
+
+
+def evaluator(job: run.Run, inputs: Inputs, model: VisionTransformer) -> Callable[[], dict[str, float]]:
+    """A function that evaluates `model` as it is now on all validation images, each counted once."""
+    settings = job.settings
+    transform = transforms.evaluation_transform(model.patch_embed.img_size, settings.crop_pct)
+    normalize = transforms.Normalize(*statistics(settings)).to(job.device)
+    indices = range(dist.rank(), len(inputs.val), dist.world_size())
+    if not settings.dist_eval:  # the first process counts all images, the others none
+        indices = range(len(inputs.val) if dist.is_main() else 0)
+    batches = evaluation_loader(
+        SeededImages(inputs.val, transform, settings.seed),
+        indices,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        pin_memory=job.pin_memory,
+    )
+
+    def prepare(batch: list) -> tuple[torch.Tensor, torch.Tensor]:
+        images, targets = (tensor.to(job.device, non_blocking=True) for tensor in batch)
+        return normalize(images), targets
+
+    return lambda: engine_finetune.evaluate(model, batches, prepare, job.device, job.amp)
+
+
+def statistics(settings: SupervisedSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation for normalisation."""
+    return transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
+
+
+def _describe(when: str, test: dict[str, float], best: float) -> str:
+    return (
+        f"{when}: accuracy on {test['images']} validation images: {test['acc1']:.2f}% (top 5 {test['acc5']:.2f}%, "
+        f"loss {test['loss']:.4f}); best epoch so far, chosen on these images: {best:.2f}%"
+    )

@@ -1,0 +1,142 @@
+"""Which samples make up which optimizer step: the same global batches whatever the number of processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from util import seeding
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How an epoch's shuffled samples are shared out.
+
+    An optimizer step takes `batch_size * accum_iter * world_size` samples, the effective batch. The samples left over
+    at the epoch's end make a step of their own if they fill half of one, else they join the last; nothing that was
+    loaded is thrown away, and no step is tiny.
+
+    Args:
+        num_samples: size of the data set.
+        batch_size: samples in a micro-batch of one process.
+        accum_iter: micro-batches in a step of one process.
+        rank, world_size: this process, and their number.
+        multiple: the last step's micro-batches are multiples of this (2 for mixup); up to
+            `multiple * world_size - 1` samples of an epoch are left out for it.
+
+    Raises:
+        ValueError: fewer samples than every process needs.
+    """
+
+    num_samples: int
+    batch_size: int
+    accum_iter: int = 1
+    rank: int = 0
+    world_size: int = 1
+    multiple: int = 1
+
+    def __post_init__(self):
+        needed = self.multiple * self.world_size
+        if self.num_samples < needed:
+            raise ValueError(
+                f"--data_path: {self.num_samples} training images are too few for {self.world_size} process(es), "
+                f"which need at least {needed}"
+            )
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Samples in a full step, over all processes."""
+        return self.batch_size * self.accum_iter * self.world_size
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in an epoch: samples / effective batch, rounded to the nearest, at least 1."""
+        return max(1, (2 * self.num_samples + self.effective_batch_size) // (2 * self.effective_batch_size))
+
+    def micro_batches(self, order: list[int], step: int) -> list[list[int]]:
+        """This process's share of step `step` of an epoch whose samples come in `order`."""
+        first = step * self.effective_batch_size
+        if step < self.steps_per_epoch - 1 or len(order) == first + self.effective_batch_size:
+            share = order[first : first + self.effective_batch_size][self.rank :: self.world_size]
+            return [share[i : i + self.batch_size] for i in range(0, len(share), self.batch_size)]
+        rest = order[first:]
+        share = rest[self.rank :: self.world_size]
+        if self.multiple > 1:
+            share = share[: len(rest) // (self.world_size * self.multiple) * self.multiple]
+        return _split_evenly(share, -(-len(share) // self.batch_size), self.multiple)
+
+
+def _split_evenly(items: list[int], parts: int, multiple: int) -> list[list[int]]:
+    units = len(items) // multiple
+    bounds = [multiple * (units * part // parts) for part in range(parts + 1)]
+    return [items[first:end] for first, end in zip(bounds, bounds[1:], strict=False)]
+
+
+class StepLoader:
+    """Loads the micro-batches of a `StepPlan`, step by step.
+
+    Args:
+        dataset: answers `dataset[epoch, index]`.
+        plan: who gets what.
+        seed: of the shuffling.
+        num_workers, pin_memory: as for `DataLoader`; workers live as long as this object.
+    """
+
+    def __init__(self, dataset: Dataset, plan: StepPlan, *, seed: int, num_workers: int = 0, pin_memory: bool = False):
+        self.plan, self.seed = plan, seed
+        self._epoch, self._start = 0, 0
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=_Keys(self),
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+        )
+
+    def __len__(self) -> int:
+        """Optimizer steps in an epoch."""
+        return self.plan.steps_per_epoch
+
+    def steps(self, epoch: int, start_step: int = 0) -> Iterator[tuple[int, Iterator[tuple[bool, list]]]]:
+        """Iterate over (step, its micro-batches as (is the last one, batch)), from `start_step` of `epoch`."""
+        self._epoch, self._start = epoch, start_step
+        sizes = [len(batches) for batches in self.grouped_keys()]
+        batches = iter(self._loader)
+        for step, size in enumerate(sizes, start_step):
+            yield step, ((i == size - 1, next(batches)) for i in range(size))
+
+    def grouped_keys(self) -> Iterator[list[list[int]]]:
+        """Sample indices of each remaining step of the current epoch, by micro-batch."""
+        order = seeding.permutation(self.seed, self._epoch, self.plan.num_samples)
+        for step in range(self._start, self.plan.steps_per_epoch):
+            yield self.plan.micro_batches(order, step)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch being loaded."""
+        return self._epoch
+
+
+class _Keys(torch.utils.data.Sampler):
+    """Batches of (epoch, index): a worker learns the epoch with the sample, so workers can outlive it."""
+
+    def __init__(self, loader: StepLoader):
+        self._loader = loader
+
+    def __iter__(self):
+        epoch = self._loader.epoch
+        for micro_batches in self._loader.grouped_keys():
+            for batch in micro_batches:
+                yield [(epoch, index) for index in batch]
+
+
+def evaluation_loader(
+    dataset: Dataset, indices: range, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """The samples `indices` in order, without padding; the last batch may be smaller."""
+    keys = [(0, index) for index in indices]
+    batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory)

@@ -1,0 +1,149 @@
+"""What a run says: lines or a progress bar on the terminal, `log.txt`, TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from util import dist
+
+
+class Averages:
+    """Running means and extremes that stay on the device until they are read.
+
+    `add` never makes the host wait; `read` sums over all processes and waits once.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._sums: dict[str, torch.Tensor] = {}
+        self._extremes: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, total: torch.Tensor | float, count: torch.Tensor | float = 1.0) -> None:
+        """Count `total`, a sum of `count` values, into the mean `name`."""
+        pair = torch.stack([self._scalar(total), self._scalar(count)])
+        self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def add_range(self, name: str, values: torch.Tensor) -> None:
+        """Count `values` (any shape) into the mean `name` and the extremes `name`_min and `name`_max."""
+        values = values.detach().float()
+        self.add(name, values.sum(), float(values.numel()))
+        low, high = torch.aminmax(values)
+        extremes = torch.stack([-low, high]).double()
+        known = self._extremes.get(name)
+        self._extremes[name] = extremes if known is None else torch.maximum(known, extremes)
+
+    def merge(self, other: Averages) -> None:
+        """Count everything that `other` has counted."""
+        for name, pair in other._sums.items():
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+        for name, pair in other._extremes.items():
+            self._extremes[name] = torch.maximum(self._extremes[name], pair) if name in self._extremes else pair
+
+    def read(self) -> dict[str, float]:
+        """All means and extremes over all processes."""
+        if not self._sums:
+            return {}
+        sums = dist.all_reduce(torch.stack(list(self._sums.values()))).tolist()
+        result = {name: total / count for name, (total, count) in zip(self._sums, sums, strict=True)}
+        if self._extremes:
+            extremes = dist.all_reduce(torch.stack(list(self._extremes.values())), "max").tolist()
+            for name, (low, high) in zip(self._extremes, extremes, strict=True):
+                result |= {f"{name}_min": -low, f"{name}_max": high}
+        return result
+
+    def _scalar(self, value: torch.Tensor | float) -> torch.Tensor:
+        if isinstance(value, torch.Tensor):
+            return value.detach().to(self.device, torch.float64)
+        return torch.full((), value, dtype=torch.float64, device=self.device)
+
+
+class RunLog:
+    """Files and terminal of one run; silent in all processes but the first.
+
+    Args:
+        output_dir: where `log.txt` goes.
+        log_dir: where TensorBoard's events go.
+        start_epoch: lines of `log.txt` from this epoch on are dropped, because these epochs are run again.
+    """
+
+    def __init__(self, output_dir: Path, log_dir: Path, start_epoch: int = 0):
+        self._bar: tqdm | None = None
+        self._writer = None
+        self._path = output_dir / "log.txt"
+        if not dist.is_main():
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(log_dir))
+        if self._path.is_file():
+            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["epoch"] < start_epoch]
+            self._path.write_text("".join(line + "\n" for line in kept))
+
+    def say(self, text: str) -> None:
+        """A line on the terminal."""
+        if dist.is_main():
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def progress(self, description: str, done: int, total: int, values: dict[str, float]) -> None:
+        """State of an epoch: a bar on a terminal, else a line."""
+        if not dist.is_main():
+            return
+        text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        if not sys.stderr.isatty():
+            self.say(f"{description} [{done:>{len(str(total))}}/{total}]  {text}")
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=total, dynamic_ncols=True)
+        self._bar.set_description(description)
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
+            self._bar = None
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Values for TensorBoard."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def epoch(self, values: dict[str, Any]) -> None:
+        """One line of `log.txt`."""
+        if dist.is_main():
+            with open(self._path, "a") as file:
+                file.write(json.dumps(values) + "\n")
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Stopwatch:
+    """Images per second since it was last read."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+
+    def rate(self, images: float) -> float:
+        """`images` divided by the seconds since the last call."""
+        now = time.perf_counter()
+        seconds, self._start = now - self._start, now
+        return images / max(seconds, 1e-9)
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
