@@ -16,6 +16,8 @@ from util.pos_embed import sincos_2d
 from util.precision import full_fp32
 from util.suggest import check_known
 
+layer_norm = partial(nn.LayerNorm, eps=1e-6)
+
 _MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {}
 
 
@@ -48,7 +50,7 @@ class MaskedAutoencoderViT(nn.Module):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
-        norm_layer: Callable[[int], nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+        norm_layer: Callable[[int], nn.Module] = layer_norm,
         norm_pix_loss: bool = False,
         masking: Callable[..., Mask] | None = None,
     ):
@@ -158,7 +160,7 @@ class MaskedAutoencoderViT(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def forward_loss(self, images: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean squared error over the removed tokens of the batch, Eq. 2. images (N, C, H, W), mask (N, L), 1 = removed."""
+        """Mean squared error over the removed tokens of the batch, Eq. 2; mask (N, L), 1 = removed."""
         target = self.patchify(images).float()
         if self.norm_pix_loss:
             target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()

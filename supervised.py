@@ -45,9 +45,7 @@ def check(settings: SupervisedSettings, build: Callable[[int, bool], VisionTrans
     val = _open(settings, "val")
     if train is not None and set(val.classes) - set(train.classes):
         extra = sorted(set(val.classes) - set(train.classes))
-        raise ValueError(
-            f"--data_path {settings.data_path}: val/ has classes that train/ has not: {', '.join(extra[:5])}"
-        )
+        raise ValueError(f"--data_path {settings.data_path}: classes of val/ that train/ has not: {extra[:5]}")
     if train is not None and val.classes != train.classes:
         val = val.relabelled(train.classes)
     found = len((train or val).classes)
@@ -70,7 +68,7 @@ def _open(settings: SupervisedSettings, split: str) -> ImageSet:
 def _find_start(
     settings: SupervisedSettings, bare: VisionTransformer, model: VisionTransformer
 ) -> tuple[dict | None, dict | None]:
-    """(checkpoint to continue, weights to start from): own last, --resume, --finetune; with --eval --resume is first."""
+    """(checkpoint to continue, weights to start from): own last, --resume, --finetune; --eval asks --resume first."""
     path = checkpoint.resume_path(settings.output_dir, settings.resume)
     if settings.eval:
         path = settings.resume or (None if settings.finetune else path)

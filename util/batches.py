@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -72,7 +73,7 @@ class StepPlan:
 def _split_evenly(items: list[int], parts: int, multiple: int) -> list[list[int]]:
     units = len(items) // multiple
     bounds = [multiple * (units * part // parts) for part in range(parts + 1)]
-    return [items[first:end] for first, end in zip(bounds, bounds[1:], strict=False)]
+    return [items[first:end] for first, end in itertools.pairwise(bounds)]
 
 
 class StepLoader:

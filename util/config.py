@@ -95,7 +95,8 @@ class Settings:
         if effective % micro:
             raise ValueError(
                 f"--effective_batch_size {effective}: not a multiple of --batch_size {self.batch_size} x {world_size} "
-                f"process(es) = {micro}; choose a --batch_size that divides it{_divisor_hint(effective, world_size, self.batch_size)}"
+                f"process(es) = {micro}; choose a --batch_size that divides it"
+                + _divisor_hint(effective, world_size, self.batch_size)
             )
         return effective // micro
 

@@ -1,0 +1,90 @@
+"""What several test files need: goldens, tiny models, real pictures, running the mains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import models_mae
+
+ROOT = Path(__file__).parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
+
+
+@lru_cache
+def golden(name: str) -> dict[str, np.ndarray]:
+    """Arrays of tests/goldens/{name}.npz."""
+    with np.load(GOLDENS / f"{name}.npz") as file:
+        return dict(file)
+
+
+@lru_cache
+def golden_json(name: str):
+    """Content of tests/goldens/{name}.json."""
+    return json.loads((GOLDENS / f"{name}.json").read_text())
+
+
+def tensor(array: np.ndarray) -> torch.Tensor:
+    """A fresh tensor with the array's values."""
+    return torch.from_numpy(np.array(array))
+
+
+def tiny_mae(**options) -> models_mae.MaskedAutoencoderViT:
+    """A MAE small enough to run hundreds of times: 8 x 8 patches of 4 pixels, width 48."""
+    sizes = {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 48,
+        "depth": 3,
+        "num_heads": 4,
+        "decoder_embed_dim": 32,
+        "decoder_depth": 2,
+        "decoder_num_heads": 4,
+    }
+    return models_mae.MaskedAutoencoderViT(**(sizes | options))
+
+
+def varied_images(num_images: int, channels: int = 3, side: int = 32) -> torch.Tensor:
+    """Images whose salience, and so whose AMR ratio, differs: from a faint texture to a strong one, one of them flat."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(num_images, channels, side, side, generator=generator)
+    return images * torch.linspace(0, 3, num_images).view(-1, 1, 1, 1)
+
+
+def write_pictures(folder: Path, classes: int = 2, per_class: int = 6, size: tuple[int, int] = (40, 48)) -> Path:
+    """An image folder of real JPEGs, train/ and val/, `size` = (width, height)."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in range(classes):
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True)
+            for index in range(per_class):
+                pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                pixels[..., label % 3] //= 4
+                Image.fromarray(pixels).save(place / f"{index}.jpg", quality=90)
+    return folder
+
+
+def run_main(
+    main: str, *arguments, processes: int = 1, cwd: Path | None = None, **environment
+) -> subprocess.CompletedProcess:
+    """Run `python main.py ...`, or torchrun with several processes; output captured, never raises."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    variables = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
+    command = [*launcher, str(ROOT / main), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=variables, timeout=600)
+
+
+def log_lines(output_dir: Path) -> list[dict]:
+    """The epochs in log.txt."""
+    return [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
