@@ -275,6 +275,6 @@ def mae_vit_tiny_patch4(**options) -> MaskedAutoencoderViT:
 
 
 @register_model
-def mae_vit_mini_patch2(**options) -> MaskedAutoencoderViT:
-    """For 8- to 16-pixel images: 4 blocks of 96, patches of 2; decoder of 2 blocks of 64."""
-    return MaskedAutoencoderViT(**{"img_size": 8, "patch_size": 2, **_small(96, 4, 3, 64, 2), **options})
+def mae_vit_mini_patch4(**options) -> MaskedAutoencoderViT:
+    """For 16-pixel images: 4 blocks of 96, patches of 4; decoder of 1 block of 64."""
+    return MaskedAutoencoderViT(**{"img_size": 16, "patch_size": 4, **_small(96, 4, 3, 64, 1), **options})

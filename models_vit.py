@@ -15,7 +15,7 @@ from util.suggest import check_known
 
 # name -> patch size, width, blocks, heads, default image size; the encoders of models_mae under the same suffix.
 _ARCHITECTURES = {
-    "vit_mini_patch2": (2, 96, 4, 3, 8),
+    "vit_mini_patch4": (4, 96, 4, 3, 16),
     "vit_tiny_patch4": (4, 192, 12, 3, 32),
     "vit_small_patch16": (16, 384, 12, 6, 224),
     "vit_base_patch16": (16, 768, 12, 12, 224),

@@ -53,7 +53,7 @@ def tiny_mae(**options) -> models_mae.MaskedAutoencoderViT:
 
 
 def varied_images(num_images: int, channels: int = 3, side: int = 32) -> torch.Tensor:
-    """Images whose salience, and so whose AMR ratio, differs: from a faint texture to a strong one, one of them flat."""
+    """Images whose salience, and so whose AMR ratio, differs: from a flat one to a strong texture."""
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(num_images, channels, side, side, generator=generator)
     return images * torch.linspace(0, 3, num_images).view(-1, 1, 1, 1)

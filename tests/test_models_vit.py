@@ -11,12 +11,12 @@ import models_vit
 
 
 def mini(**options):
-    return models_vit.create_model("vit_mini_patch2", **{"num_classes": 10, **options})
+    return models_vit.create_model("vit_mini_patch4", **{"num_classes": 10, **options})
 
 
 @pytest.mark.parametrize("global_pool", [True, False])
 def test_an_encoder_loads_and_only_the_head_is_new(global_pool):
-    encoder = models_mae.mae_vit_mini_patch2().state_dict()
+    encoder = models_mae.mae_vit_mini_patch4().state_dict()
     model = mini(global_pool=global_pool)
     state = models_vit.fit_state(model, encoder)
     missing = model.load_state_dict(state, strict=False).missing_keys
@@ -34,10 +34,10 @@ def test_every_encoder_has_its_classifier(encoder):
 
 
 def test_another_input_size_resizes_the_position_table():
-    model = mini(img_size=(12, 10))
-    encoder = models_mae.mae_vit_mini_patch2().state_dict()
+    model = mini(img_size=(24, 20))
+    encoder = models_mae.mae_vit_mini_patch4().state_dict()
     assert models_vit.fit_state(model, encoder)["pos_embed"].shape == (1, 1 + 6 * 5, 96)
-    tall = models_mae.mae_vit_mini_patch2(img_size=(10, 12)).state_dict()  # 5 x 6 patches: as many, placed differently
+    tall = models_mae.mae_vit_mini_patch4(img_size=(20, 24)).state_dict()  # 5 x 6 patches: as many, placed differently
     resized = models_vit.fit_state(model, tall, old_grid=(5, 6))["pos_embed"]
     assert resized.shape == tall["pos_embed"].shape
     assert not torch.equal(resized, tall["pos_embed"])
@@ -54,14 +54,14 @@ def test_a_head_for_other_classes_is_left_out_and_one_for_the_same_is_loaded():
 def test_another_architecture_is_named():
     with pytest.raises(ValueError, match=r"patch_embed.proj.weight is \(48, 3, 4, 4\) in it"):
         models_vit.fit_state(mini(), tiny_mae().state_dict())
-    deeper = models_mae.mae_vit_mini_patch2(depth=3).state_dict()
+    deeper = models_mae.mae_vit_mini_patch4(depth=3).state_dict()
     with pytest.raises(ValueError, match=r"blocks.3.norm1.weight is missing in it"):
         models_vit.fit_state(mini(), deeper)
 
 
 def test_global_pooling_is_the_mean_of_the_patches():
     model = mini().eval()
-    images = torch.randn(2, 3, 8, 8)
+    images = torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         tokens = model.forward_features(images)
         assert isinstance(model.norm, torch.nn.Identity)
@@ -73,7 +73,7 @@ def test_the_probe_trains_its_head_only():
     models_vit.add_probe_head(model)
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {"head.1.weight", "head.1.bias"}
     assert not model.head[0].affine
-    assert model(torch.randn(4, 3, 8, 8)).shape == (4, 10)
+    assert model(torch.randn(4, 3, 16, 16)).shape == (4, 10)
 
 
 def test_drop_path_rises_with_depth():

@@ -55,7 +55,9 @@ class StepPlan:
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps in an epoch: samples / effective batch, rounded to the nearest, at least 1."""
-        return max(1, (2 * self.num_samples + self.effective_batch_size) // (2 * self.effective_batch_size))
+        full, rest = divmod(self.num_samples, self.effective_batch_size)
+        alone = 2 * rest >= self.effective_batch_size and rest >= self.multiple * self.world_size
+        return max(1, full + alone)
 
     def micro_batches(self, order: list[int], step: int) -> list[list[int]]:
         """This process's share of step `step` of an epoch whose samples come in `order`."""

@@ -12,6 +12,7 @@ from PIL import Image
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import seeding
 from util.suggest import check_known
@@ -88,7 +89,7 @@ def open_unlabelled(name: str, data_path: str | None, in_chans: int) -> ImageSet
         return _digits("train", mode)
     root = _folder(data_path)
     root = root / "train" if (root / "train").is_dir() else root
-    found, _ = find_images_and_targets(str(root))
+    found, _ = find_images_and_targets(str(root), types=IMG_EXTENSIONS)
     if not found:
         raise ValueError(
             f"--data_path {data_path}: no picture below it; any folder of pictures will do, nested or flat"

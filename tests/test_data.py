@@ -1,0 +1,165 @@
+"""Pictures to tensors: layouts, channels, determinism, transforms, and errors that say what to do."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import write_pictures
+from PIL import Image
+from torchvision.transforms import functional as F
+
+from util import datasets, transforms
+from util.crop import SingleDrawResizedCrop
+from util.datasets import SeededImages
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def test_an_image_folder_has_labels_and_pretraining_takes_its_train_part(folder):
+    train = datasets.open_labelled("folder", str(folder), "train", 3)
+    assert train.classes == ("class0", "class1")
+    assert train.labels == [0] * 6 + [1] * 6
+    assert len(datasets.open_unlabelled("folder", str(folder), 3)) == 12
+    assert train.picture(0).size == (40, 48)
+
+
+def test_pretraining_takes_any_folder_of_pictures(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for place in ("a.png", "deep/b.JPG", "deep/er/c.webp"):
+        Image.new("RGB", (20, 20)).save(tmp_path / place)
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert len(datasets.open_unlabelled("folder", str(tmp_path), 3)) == 3
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_channels(folder, channels, mode):
+    assert datasets.open_unlabelled("folder", str(folder), channels).picture(0).mode == mode
+
+
+def test_what_is_wrong_with_a_folder_is_said(tmp_path, folder):
+    cases = [
+        (lambda: datasets.open_unlabelled("folder", None, 3), "--data_path is not given"),
+        (lambda: datasets.open_unlabelled("folder", str(tmp_path / "none"), 3), "there is no such folder"),
+        (lambda: datasets.open_unlabelled("folder", str(tmp_path), 3), "no picture below it"),
+        (lambda: datasets.open_labelled("folder", str(tmp_path), "train", 3), "<class>/<picture>"),
+        (lambda: datasets.open_labelled("folder", str(folder / "train"), "val", 3), "<class>/<picture>"),
+        (lambda: datasets.open_unlabelled("fodler", str(folder), 3), "did you mean 'folder'"),
+        (lambda: datasets.open_unlabelled("folder", str(folder), 2), "1 \\(grey\\), 3 \\(RGB\\)"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    images = datasets.open_unlabelled("folder", str(tmp_path), 3)
+    with pytest.raises(OSError, match=r"broken\.jpg: cannot be decoded"):
+        images.picture(0)
+
+
+def test_the_digits_are_split_without_overlap():
+    train, val = (datasets.open_labelled("digits", None, split, 1) for split in ("train", "val"))
+    assert (len(train), len(val)) == (1438, 359)
+    assert set(train.labels) == set(val.labels) == set(range(10))
+    assert train.picture(0).mode == "L"
+    assert max(np.asarray(train.picture(i)).max() for i in range(9)) == 255
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_only(folder):
+    images = datasets.open_unlabelled("folder", str(folder), 3)
+    data = SeededImages(images, transforms.pretrain_transform((32, 32), (0.2, 1.0), 0.5), seed=1)
+    first = data[2, 5][0]
+    torch.rand(3), np.random.rand(3), random.random()
+    state = torch.get_rng_state()
+    assert torch.equal(data[2, 5][0], first)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.dtype == torch.uint8
+    assert first.shape == (3, 32, 32)
+    others = [data[3, 5][0], data[2, 6][0], SeededImages(images, data.transform, seed=2)[2, 5][0]]
+    assert not any(torch.equal(first, other) for other in others)
+
+
+def test_the_finetuning_augmentation_is_deterministic_too(folder):
+    images = datasets.open_labelled("folder", str(folder), "train", 3)
+    transform = transforms.finetune_transform((32, 32), (0.08, 1.0), 0.5, "rand-m9-mstd0.5-inc1", None, (0.5,) * 3)
+    data = SeededImages(images, transform)
+    for epoch in range(20):
+        assert torch.equal(data[epoch, 0][0], data[epoch, 0][0])
+    assert not torch.equal(data[0, 0][0], data[1, 0][0])
+    assert data[0, 0][0].dtype == torch.uint8
+
+
+def test_normalisation_equals_to_tensor_and_normalize():
+    pixels = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
+    mean, std = transforms.channel_statistics(3, None, None)
+    expected = F.normalize(pixels.float() / 255, mean, std)
+    torch.testing.assert_close(transforms.Normalize(mean, std)(pixels), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_channel_statistics():
+    assert transforms.channel_statistics(1, None, None) == ((0.5,), (0.5,))
+    assert transforms.channel_statistics(3, None, None)[0] == (0.485, 0.456, 0.406)
+    with pytest.raises(ValueError, match="one number for each of the 3 channels"):
+        transforms.channel_statistics(3, [0.5], None)
+    with pytest.raises(ValueError, match="above 0"):
+        transforms.channel_statistics(1, None, [0.0])
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_evaluation_is_a_centre_crop(size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
+    result = transforms.evaluation_transform(size, None)(picture)
+    assert result.shape == (3, *size)
+    if size == (32, 32):
+        resized = F.resize(picture, int(32 / 0.875), F.InterpolationMode.BICUBIC)
+        assert torch.equal(result, F.pil_to_tensor(F.center_crop(resized, 32)))
+
+
+def test_the_probes_crop_has_the_published_mean_area():
+    """One draw, clamped: 0.52 of a 500 x 375 image on average, where torchvision's has 0.435."""
+    random.seed(0)
+    areas, crop = [], SingleDrawResizedCrop((8, 8))
+    image = Image.new("RGB", (500, 375))
+    image.im  # noqa: B018 - loaded once, so that the loop is about the crop
+    taken = []
+    original = F.resized_crop
+
+    def record(img, top, left, height, width, *rest):
+        assert 0 <= top <= 375 - height
+        assert 0 <= left <= 500 - width
+        taken.append(height * width / (500 * 375))
+        return img
+
+    F.resized_crop = record
+    try:
+        for _ in range(20000):
+            crop(image)
+    finally:
+        F.resized_crop = original
+    areas = np.array(taken)
+    assert abs(areas.mean() - 0.52) < 0.01
+
+
+def test_the_probes_crop_of_a_tiny_picture():
+    assert SingleDrawResizedCrop((8, 8))(Image.new("RGB", (1, 1))).size == (8, 8)
+
+
+def test_erasing_and_mixing_come_after_normalisation(monkeypatch):
+    import main_finetune
+    from util.config import FinetuneSettings
+
+    settings = FinetuneSettings(reprob=1.0, mixup=0.8, cutmix=1.0)
+    prepare = main_finetune.make_prepare(settings, 10, transforms.Normalize((0.5,), (0.5,)), torch.device("cpu"))
+    torch.manual_seed(0)
+    images, targets = prepare([torch.zeros(8, 1, 32, 32, dtype=torch.uint8), torch.arange(8)])
+    assert images.unique().numel() > 100  # noise in the erased boxes
+    assert targets.shape == (8, 10)
+    torch.testing.assert_close(targets.sum(1), torch.ones(8))
+    assert targets.min() > 0  # the smoothing is in the targets
