@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_on_user_error():
         inputs = supervised.check(settings, build, multiple)
     job = run.Run.start(settings, inputs.resumed)
+    inputs.resumed = None  # the run holds it, until it has restored from it
 
     model = build(inputs.num_classes)
     models_vit.init_finetune_head(model)

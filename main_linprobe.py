@@ -25,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_on_user_error():
         inputs = supervised.check(settings, build, multiple=2)  # BatchNorm needs two images
     job = run.Run.start(settings, inputs.resumed)
+    inputs.resumed = None  # the run holds it, until it has restored from it
 
     model = build(inputs.num_classes, with_head=False)
     if inputs.weights is not None:

@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_on_user_error():
         inputs = check(settings)
     job = run.Run.start(settings, inputs.resumed)
+    inputs.resumed = None  # the run holds it, until it has restored from it
 
     bare = build_model(settings)
     if inputs.weights is not None:

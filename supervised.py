@@ -127,6 +127,7 @@ def fit(job: run.Run, inputs: Inputs, task: Task) -> None:
         train = engine_finetune.train_one_epoch(
             model, loop, update, epoch, prepare=task.prepare, smoothing=task.smoothing, amp=job.amp
         )
+        dist.average_buffers(bare)
         test = evaluate()
         job.best = max(job.best, test["acc1"])
         job.log.say(_describe(f"epoch {epoch}", test, job.best))
@@ -142,8 +143,8 @@ def fit(job: run.Run, inputs: Inputs, task: Task) -> None:
 
 def evaluate_only(job: run.Run, inputs: Inputs, model: VisionTransformer) -> None:
     """`--eval`: accuracy of a checkpoint, nothing else."""
-    if inputs.resumed is not None:
-        model.load_state_dict(checkpoint.model_state(inputs.resumed))
+    if job.content is not None:
+        model.load_state_dict(checkpoint.model_state(job.content))
     test = evaluator(job, inputs, model)()
     job.log.say(_describe("evaluated", test, test["acc1"]))
     job.finish()

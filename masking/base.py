@@ -152,8 +152,8 @@ def create(name: str, **options) -> Strategy:
 
 def check(strategy: Strategy, num_tokens: int, embed_dim: int = 8) -> None:
     """Call `strategy` once on blank tokens of one image; ValueError if it cannot mask `num_tokens` tokens."""
-    noise = (torch.arange(num_tokens, dtype=torch.float32) / num_tokens)[None]
-    result = strategy(torch.zeros(1, num_tokens, embed_dim), noise=noise)
+    tokens = torch.zeros(1, num_tokens, embed_dim)
+    result = strategy(tokens, noise=torch.linspace(0, 0.999, num_tokens)[None])
     if not isinstance(result, Mask):
         raise ValueError(f"the masking strategy returned {type(result).__name__}; it must return masking.Mask")
 

@@ -73,16 +73,19 @@ def write_pictures(folder: Path, classes: int = 2, per_class: int = 6, size: tup
     return folder
 
 
-def run_main(
-    main: str, *arguments, processes: int = 1, cwd: Path | None = None, **environment
-) -> subprocess.CompletedProcess:
+def environment(**variables: str) -> dict[str, str]:
+    """For processes of the tests: one thread, no GPU, this project importable."""
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    return os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path} | variables
+
+
+def run_main(main: str, *arguments, processes: int = 1, cwd: Path | None = None) -> subprocess.CompletedProcess:
     """Run `python main.py ...`, or torchrun with several processes; output captured, never raises."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    variables = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""} | environment
     command = [*launcher, str(ROOT / main), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=variables, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd or ROOT, env=environment(), timeout=600)
 
 
 def log_lines(output_dir: Path) -> list[dict]:

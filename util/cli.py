@@ -41,7 +41,8 @@ def make_parser(settings_class: type[Settings]) -> ArgumentParser:
     fields = {field.name: field for field in dataclasses.fields(settings_class)}
     hints = {name: hint for name, hint in typing.get_type_hints(settings_class).items() if name in fields}
     lists = {name for name, hint in hints.items() if typing.get_origin(hint) is list}
-    set_loader("settings", lambda text: _load_yaml(text, lists), exceptions=(yaml.YAMLError,))
+    flags = {name for name, hint in hints.items() if hint is bool}
+    set_loader("settings", lambda text: _load_yaml(text, lists, flags), exceptions=(yaml.YAMLError,))
     parser = _Parser(
         prog=os.path.basename(sys.argv[0]),
         allow_abbrev=False,
@@ -114,9 +115,12 @@ class _Parser(ArgumentParser):
         _exit(f"there is no setting {key!r}{nearest(key, self.types)}; --help lists all")
 
 
-def _load_yaml(text: str, lists: set[str]) -> Any:
+def _load_yaml(text: str, lists: set[str], flags: set[str]) -> Any:
     content = yaml.load(text, Loader=_Loader)
     if isinstance(content, dict):
+        for name in flags & content.keys():
+            if not isinstance(content[name], bool):
+                _exit(f"--{name} {content[name]}: must be true or false")
         for name in lists & content.keys():
             content[name] = _as_list(content[name])
     return content

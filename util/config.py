@@ -56,7 +56,7 @@ class Settings:
     output_dir: str = option("./output_dir", "folder for checkpoints, log.txt and config.yaml")
     log_dir: str | None = option(None, "folder for TensorBoard; default: --output_dir")
     print_freq: int = option(20, "optimizer steps between two lines of the log")
-    save_every_epochs: int = option(20, "epochs between two checkpoints that are kept")
+    save_every_epochs: int | None = option(20, "epochs between two checkpoints that are kept; null keeps only the last")
 
     def check(self) -> None:
         """ValueError, in one sentence with flag, value and remedy, for values that cannot work in any task."""
@@ -163,7 +163,7 @@ class SupervisedSettings(Settings):
     crop_scale: list[float] = option([0.08, 1.0], "range of the random crop's area over the image's")
     eval: bool = option(False, "only evaluate; needs --resume or --finetune")
     dist_eval: bool = option(True, "share the validation images out over the processes; each is counted once")
-    save_every_epochs: int = option(1_000_000, "epochs between two checkpoints that are kept besides the last")
+    save_every_epochs: int | None = option(None, "epochs between two checkpoints that are kept; default: only the last")
 
     _pools_by_default: ClassVar[bool] = True
 

@@ -75,6 +75,13 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     return tensor
 
 
+def average_buffers(model: nn.Module) -> None:
+    """Give all processes the mean of their running statistics, so that they evaluate and save the same model."""
+    for buffer in model.buffers():
+        if td.is_initialized() and buffer.is_floating_point():
+            all_reduce(buffer).div_(world_size())
+
+
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` in DistributedDataParallel where there are several processes, else as it is."""
     if not td.is_initialized():

@@ -10,7 +10,7 @@ from torch import nn
 def pretrain_adamw(model: nn.Module, weight_decay: float, device: torch.device) -> torch.optim.AdamW:
     """AdamW of pre-training: betas (0.9, 0.95); biases and other 1-D tensors are not decayed, the tokens are."""
     groups = param_groups_weight_decay(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
 
 
 def finetune_adamw(
@@ -18,7 +18,7 @@ def finetune_adamw(
 ) -> torch.optim.AdamW:
     """AdamW of fine-tuning: betas (0.9, 0.999), learning rates falling by `layer_decay` with depth."""
     groups = layer_decay_groups(model, weight_decay, layer_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
 
 
 def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:

@@ -195,7 +195,8 @@ class Run:
             "best_acc1": self.best,
         }
         folder = Path(self.settings.output_dir)
-        if epoch >= 0 and (epoch % self.settings.save_every_epochs == 0 or epoch + 1 == self.settings.epochs):
+        every, at_end = self.settings.save_every_epochs, epoch + 1 == self.settings.epochs
+        if every is not None and epoch >= 0 and (epoch % every == 0 or at_end):
             checkpoint.save(folder / f"checkpoint-{epoch}.pth", content)
         checkpoint.save(folder / checkpoint.LAST, content)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
+import struct
 from collections.abc import Iterator
 
 import numpy as np
@@ -14,14 +16,14 @@ ORDER, SAMPLE, STEP, MODEL = range(4)
 
 
 def derive(seed: int, *keys: int) -> int:
-    """A 63-bit seed for (seed, *keys); near-by keys give unrelated seeds."""
-    return int(np.random.SeedSequence((seed, *keys)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    """A 63-bit seed for (seed, *keys), which are all below 2^63; near-by keys give unrelated seeds."""
+    packed = struct.pack(f"<{len(keys) + 1}q", seed, *keys)
+    return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
 
 def seed_all(seed: int) -> None:
     """Seed Python, NumPy and torch (every device). No host synchronisation."""
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
+    _seed_host(seed)
     torch.manual_seed(seed)
 
 
@@ -33,17 +35,24 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 @contextlib.contextmanager
 def sample_state(seed: int, epoch: int, index: int) -> Iterator[None]:
     """State for the augmentation of sample `index` in `epoch`; the caller's own state is given back after."""
+    if torch.utils.data.get_worker_info() is not None:  # nobody else draws in a loader's worker
+        _seed_host(derive(seed, SAMPLE, epoch, index))
+        yield
+        return
     before = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
-    value = derive(seed, SAMPLE, epoch, index)
-    random.seed(value)
-    np.random.seed(value & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(value)
+    _seed_host(derive(seed, SAMPLE, epoch, index))
     try:
         yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.random.set_rng_state(before[2])
+
+
+def _seed_host(value: int) -> None:
+    random.seed(value)
+    np.random.seed(value & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(value)
 
 
 def permutation(seed: int, epoch: int, length: int) -> list[int]:

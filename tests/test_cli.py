@@ -1,0 +1,232 @@
+"""Settings: file and command line, types, and every user's mistake in one sentence with exit status 2."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, run_main, tiny_mae, write_pictures
+
+import main_finetune
+import main_linprobe
+import main_pretrain
+import masking
+import models_mae
+from util import cli, config
+from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("mask_ratio: 0.5\nblr: 1e-3\ninput_size: 64\nmasking_args: {delta_r: 0.2}\nnorm_pix_loss: true\n")
+    settings = cli.parse(PretrainSettings, ["--config", str(file), "--mask_ratio", "0.6"])
+    assert (settings.mask_ratio, settings.blr, settings.input_size) == (0.6, 1e-3, [64])
+    assert settings.masking_args == ["delta_r=0.2"]
+    assert settings.norm_pix_loss is True
+
+
+def test_flags_as_mae_users_write_them():
+    settings = cli.parse(PretrainSettings, ["--norm_pix_loss", "--input_size", "224", "160", "--lr", "1e-4"])
+    assert settings.norm_pix_loss is True
+    assert settings.size("input_size") == (224, 160)
+    assert cli.parse(FinetuneSettings, []).pools is True
+    assert cli.parse(FinetuneSettings, ["--cls_token"]).pools is False
+    assert cli.parse(LinprobeSettings, []).pools is False
+    assert cli.parse(LinprobeSettings, ["--global_pool"]).pools is True
+    assert cli.parse(FinetuneSettings, ["--aa", "null", "--no_pin_mem"]).aa is None
+    assert cli.parse_options(["a=1", "b=0.5", "c=text", "d=1e-3"]) == {"a": 1, "b": 0.5, "c": "text", "d": 1e-3}
+
+
+def test_the_written_config_can_be_used_again(tmp_path):
+    from util import provenance
+
+    settings = cli.parse(PretrainSettings, ["--masking", "sbam", "--masking_args", "delta=0.2", "--input_size", "64"])
+    file = tmp_path / "config.yaml"
+    provenance.write_config(file, provenance.describe(settings.as_dict(), {"lr": 1.0}))
+    assert cli.parse(PretrainSettings, ["--config", str(file)]) == settings
+    assert "revision" in file.read_text()
+    assert "torch" in file.read_text()
+
+
+def test_accumulation_follows_from_the_effective_batch(monkeypatch):
+    settings = PretrainSettings(batch_size=64, effective_batch_size=4096, blr=1.5e-4)
+    assert [settings.resolved_accum_iter(processes) for processes in (1, 8, 64)] == [64, 8, 1]
+    assert {settings.resolved_lr(processes) for processes in (1, 8, 64)} == {2.4e-3}
+    assert PretrainSettings(batch_size=64, accum_iter=2).resolved_accum_iter(4) == 2
+
+
+@pytest.mark.parametrize(
+    ("main", "text", "message"),
+    [
+        (main_pretrain, "mask_ratioo: 0.5", "did you mean 'mask_ratio'"),
+        (main_pretrain, "mask_ratio: high", "--mask_ratio high: must be a number"),
+        (main_pretrain, "epochs: 1.5", "--epochs 1.5: must be a whole number"),
+        (main_pretrain, "norm_pix_loss: maybe", "norm_pix_loss"),
+        (main_pretrain, "amp: fp8", "--amp fp8: must be bf16 or fp16 or none"),
+        (main_pretrain, "model: [a", "config"),
+        (main_finetune, "layer_decay: 2", "--layer_decay 2.0: must be above 0"),
+        (main_finetune, "remode: black", "--remode black: must be const or rand or pixel"),
+        (main_linprobe, "batch_size: 1", "--batch_size 1: must be at least 2"),
+    ],
+)
+def test_a_mistake_in_the_file(tmp_path, capsys, main, text, message):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    refused(main, ["--config", file, "--output_dir", tmp_path / "o"], message, capsys)
+
+
+PRETRAIN = ["--dataset", "digits", "--in_chans", "1", "--model", "mae_vit_mini_patch4"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mask_ratioo", "0.5"], "did you mean 'mask_ratio'"),
+        (["--mask_ratio", "0"], "--mask_ratio 0.0: must be between 0 and 1"),
+        (["--mask_ratio", "1.2"], "--mask_ratio 1.2"),
+        (["--mask_ratio", "nan"], "--mask_ratio nan"),
+        (["--mask_ratio", "0.01"], "at least one must be kept"),
+        (["--masking", "sbam_amr", "--mask_ratio", "0.9"], "ratios from 0.75 to 1.05"),
+        (["--masking", "sbam_amr", "--masking_args", "delta_r=0.3"], "ratios from 0.45 to 1.05"),
+        (["--masking", "sbamm"], "did you mean 'sbam'"),
+        (["--masking", "sbam", "--masking_args", "delt=0.3"], "did you mean 'delta'"),
+        (["--masking", "sbam", "--masking_args", "0.3"], "write name=value"),
+        (["--masking", "nowhere:Masking"], "cannot be imported"),
+        (["--input_size", "30"], "not a whole number of patches of 4"),
+        (["--input_size", "32", "30"], "width of 30"),
+        (["--model", "mae_vit_mini"], "did you mean 'mae_vit_mini_patch4'"),
+        (["--in_chans", "2"], "1 (grey), 3 (RGB)"),
+        (["--mean", "0.5", "0.5"], "one number for each of the 1 channels"),
+        (["--crop_scale", "0.5"], "--crop_scale [0.5]"),
+        (["--epochs", "-1"], "--epochs -1: must be at least 0"),
+        (["--clip_grad", "0"], "--clip_grad 0.0"),
+        (["--effective_batch_size", "100", "--batch_size", "64"], "choose a --batch_size that divides it, such as 50"),
+        (["--effective_batch_size", "128", "--accum_iter", "3"], "leave one of the three out"),
+        (["--dataset", "folder"], "--data_path is not given"),
+        (["--dataset", "folder", "--data_path", "/no/such/folder"], "there is no such folder"),
+        (["--dataset", "imagenet"], "--dataset imagenet: unknown"),
+        (["--resume", "absent.pth"], "absent.pth: there is no such checkpoint"),
+        (["--output_dir", "/dev/null/here"], "--output_dir /dev/null/here: cannot be written"),
+        (["--config", "absent.yaml"], "absent.yaml"),
+        (["stray"], "no flag stands before"),
+    ],
+)
+def test_a_mistake_in_pretraining_flags(tmp_path, capsys, flags, message):
+    refused(main_pretrain, [*PRETRAIN, "--output_dir", tmp_path / "o", *flags], message, capsys)
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (main_finetune, ["--global_pool", "--cls_token"], "choose one of them"),
+        (main_finetune, ["--mixup", "0.8", "--batch_size", "7"], "--batch_size 7: must be even"),
+        (main_finetune, ["--nb_classes", "5"], "the pictures have 10 classes"),
+        (main_finetune, ["--eval"], "name the checkpoint to evaluate"),
+        (main_finetune, ["--finetune", "absent.pth"], "absent.pth: there is no such checkpoint"),
+        (main_finetune, ["--crop_pct", "1.5"], "--crop_pct 1.5"),
+        (main_linprobe, ["--dataset", "folder", "--data_path", "."], "<class>/<picture>"),
+        (main_linprobe, ["--model", "vit_mini"], "did you mean 'vit_mini_patch4'"),
+    ],
+)
+def test_a_mistake_in_supervised_flags(tmp_path, capsys, main, flags, message):
+    base = ["--dataset", "digits", "--in_chans", "1", "--model", "vit_mini_patch4", "--output_dir", tmp_path / "o"]
+    refused(main, [*base, *flags], message, capsys)
+
+
+def test_checkpoints_that_do_not_fit(tmp_path, capsys):
+    other, weights, broken = tmp_path / "other.pth", tmp_path / "weights.pth", tmp_path / "broken.pth"
+    torch.save({"model": tiny_mae().state_dict()}, other)
+    torch.save({"model": models_mae.mae_vit_mini_patch4(in_chans=1).state_dict()}, weights)
+    broken.write_bytes(weights.read_bytes()[:1000])
+    flags = [*PRETRAIN, "--output_dir", tmp_path / "o"]
+    refused(main_pretrain, [*flags, "--resume", other], "another architecture", capsys)
+    refused(
+        main_pretrain,
+        [*flags, "--finetune", other],
+        "cls_token is (1, 1, 48) in it and (1, 1, 96) in the model",
+        capsys,
+    )
+    refused(main_pretrain, [*flags, "--resume", broken], "damaged, or not a PyTorch checkpoint", capsys)
+    refused(main_pretrain, [*flags, "--resume", weights], "start from it with --finetune", capsys)
+    flags = ["--dataset", "digits", "--in_chans", "1", "--model", "vit_mini_patch4", "--output_dir", tmp_path / "p"]
+    refused(main_finetune, [*flags, "--finetune", other], "another architecture", capsys)
+    assert not (tmp_path / "p" / "log.txt").exists()
+
+
+def test_classes_of_val_must_be_among_those_of_train(tmp_path, capsys):
+    folder = write_pictures(tmp_path / "data")
+    (folder / "val" / "class1").rename(folder / "val" / "another")
+    flags = ["--data_path", folder, "--model", "vit_mini_patch4", "--output_dir", tmp_path / "o"]
+    refused(main_finetune, flags, "classes of val/ that train/ has not: ['another']", capsys)
+
+
+def refused(main, flags, message, capsys):
+    flags = [*flags, "--epochs", "0"] if "--epochs" not in flags else flags  # what is not refused shall end soon
+    with pytest.raises(SystemExit) as stop:
+        main.main([str(flag) for flag in flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2, error
+    assert message in error
+    assert error.count("\n") == 1, error
+
+
+def test_the_exit_status_of_the_process(tmp_path):
+    result = run_main("main_pretrain.py", *PRETRAIN, "--mask_ratio", 2, "--output_dir", tmp_path / "o")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_print_config_shows_what_will_run(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main_pretrain.main(["--config", str(ROOT / "configs/pretrain/digits.yaml"), "--epochs", "3", "--print_config"])
+    assert stop.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["epochs"] == 3
+    assert shown["masking"] == "sbam_amr"
+
+
+RECIPES = sorted((ROOT / "configs").glob("*/*.yaml"))
+CLASSES = {"pretrain": PretrainSettings, "finetune": FinetuneSettings, "linprobe": LinprobeSettings}
+
+
+def test_the_recipes_are_there():
+    names = {f"{path.parent.name}/{path.stem}" for path in RECIPES}
+    sizes = ("vitb16", "vitl16", "vith14")
+    expected = {f"pretrain/{size}_{masking}" for size in sizes for masking in ("mae", "sbam", "sbam_amr")}
+    expected |= {f"{task}/{size}" for task in ("finetune", "linprobe") for size in sizes}
+    assert expected <= names
+
+
+PUBLISHED = {  # effective batch, peak learning rate on 8 processes
+    "pretrain": {"vitb16": (4096, 2.4e-3), "vitl16": (4096, 2.4e-3), "vith14": (4096, 2.4e-3)},
+    "finetune": {"vitb16": (1024, 2e-3), "vitl16": (1024, 4e-3), "vith14": (1024, 4e-3)},
+    "linprobe": {"vitb16": (16384, 6.4), "vitl16": (16384, 6.4), "vith14": (16384, 6.4)},
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_parses_and_builds(path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8" if path.stem != "digits" else "1")
+    task = path.parent.name
+    settings = cli.parse(CLASSES[task], ["--config", str(path)])
+    if path.stem != "digits":
+        batch, lr = PUBLISHED[task][path.stem.split("_")[0]]
+        assert settings.resolved_accum_iter(8) * settings.batch_size * 8 == batch
+        assert settings.resolved_lr(8) == pytest.approx(lr)
+        missing = {"data_path", "output_dir", "accum_iter"}
+        assert not missing & yaml.safe_load(path.read_text()).keys()
+        assert "torchrun" in path.read_text() or "_8gpu.sh" in path.read_text()
+    if task == "pretrain":
+        with torch.device("meta"):
+            model = main_pretrain.build_model(settings)
+        masking.check(main_pretrain.create_strategy(settings), model.num_patches)
+    else:
+        with torch.device("meta"):
+            {"finetune": main_finetune, "linprobe": main_linprobe}[task].build_model(settings, 1000)
+
+
+def test_every_setting_says_what_it_is():
+    for task in CLASSES.values():
+        for field in config.dataclasses.fields(task):
+            assert len(field.metadata["help"]) > 8, field.name
