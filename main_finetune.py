@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     multiple = 2 if settings.mixes else 1
 
     def build(num_classes: int, with_head: bool = True) -> VisionTransformer:
-        return build_model(settings, num_classes)
+        return supervised.build_model(settings, num_classes, settings.drop_path)
 
     with cli.exit_on_user_error():
         inputs = supervised.check(settings, build, multiple)
@@ -54,19 +54,6 @@ def main(argv: list[str] | None = None) -> None:
         multiple=multiple,
     )
     supervised.fit(job, inputs, task)
-
-
-def build_model(settings: FinetuneSettings, num_classes: int) -> VisionTransformer:
-    """The classifier, with drop path."""
-    return models_vit.create_model(
-        settings.model,
-        num_classes=num_classes,
-        img_size=settings.size("input_size"),
-        patch_size=settings.size("patch_size"),
-        in_chans=settings.in_chans,
-        global_pool=settings.pools,
-        drop_path=settings.drop_path,
-    )
 
 
 def make_prepare(

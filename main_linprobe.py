@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(LinprobeSettings, argv)
 
     def build(num_classes: int, with_head: bool = True) -> VisionTransformer:
-        model = build_model(settings, num_classes)
+        model = supervised.build_model(settings, num_classes)
         if with_head:
             models_vit.add_probe_head(model)
         return model
@@ -51,18 +51,6 @@ def main(argv: list[str] | None = None) -> None:
         multiple=2,
     )
     supervised.fit(job, inputs, task)
-
-
-def build_model(settings: LinprobeSettings, num_classes: int) -> VisionTransformer:
-    """The frozen encoder, before it gets the head of probing."""
-    return models_vit.create_model(
-        settings.model,
-        num_classes=num_classes,
-        img_size=settings.size("input_size"),
-        patch_size=settings.size("patch_size"),
-        in_chans=settings.in_chans,
-        global_pool=settings.pools,
-    )
 
 
 if __name__ == "__main__":

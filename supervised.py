@@ -89,6 +89,19 @@ def _find_start(
         raise ValueError(f"--finetune {settings.finetune}: {error}") from error
 
 
+def build_model(settings: SupervisedSettings, num_classes: int, drop_path: float = 0.0) -> VisionTransformer:
+    """The classifier that the settings name, with a plain linear head."""
+    return models_vit.create_model(
+        settings.model,
+        num_classes=num_classes,
+        img_size=settings.size("input_size"),
+        patch_size=settings.size("patch_size"),
+        in_chans=settings.in_chans,
+        global_pool=settings.pools,
+        drop_path=drop_path,
+    )
+
+
 @dataclass
 class Task:
     """Everything the epochs need that differs between fine-tuning and probing.

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
-from helpers import ROOT, run_main, tiny_mae, write_pictures
+from helpers import ROOT, environment, run_main, tiny_mae, write_pictures
 
 import main_finetune
 import main_linprobe
 import main_pretrain
 import masking
 import models_mae
+import supervised
 from util import cli, config
 from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings
 
@@ -223,10 +229,28 @@ def test_every_recipe_parses_and_builds(path, monkeypatch):
         masking.check(main_pretrain.create_strategy(settings), model.num_patches)
     else:
         with torch.device("meta"):
-            {"finetune": main_finetune, "linprobe": main_linprobe}[task].build_model(settings, 1000)
+            supervised.build_model(settings, 1000)
 
 
 def test_every_setting_says_what_it_is():
     for task in CLASSES.values():
         for field in config.dataclasses.fields(task):
             assert len(field.metadata["help"]) > 8, field.name
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune", "linprobe"])
+def test_the_8_gpu_scripts_ask_for_what_is_missing(task):
+    script = ROOT / "scripts" / f"{task}_8gpu.sh"
+    result = subprocess.run(["bash", script, "configs/x.yaml"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "is missing; usage:" in result.stderr
+
+
+def test_an_8_gpu_script_runs_its_main(tmp_path):
+    """GPUS=1, on the CPU, from another folder: the command of the README up to the data."""
+    flags = [ROOT / "configs/pretrain/digits.yaml", "unused", tmp_path / "o", "--epochs", "0", "--num_workers", "0"]
+    command = ["bash", ROOT / "scripts" / "pretrain_8gpu.sh", *flags]
+    variables = environment(GPUS="1", PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=variables)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "o" / "checkpoint-last.pth").exists()
