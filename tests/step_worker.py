@@ -43,7 +43,7 @@ def one_step(strategy: str, accum_iter: int, device: torch.device) -> dict:
     _, norm = engine_pretrain.train_step(model, batches, update, averages, tuple)
     loss, _, mask = bare(images, noise)
     return {
-        "loss": torch.tensor(averages.read()["loss"]),
+        "loss": torch.tensor(averages.read()["loss"], dtype=torch.float64),
         "whole_batch_loss": loss.detach().double(),
         "norm": norm,
         "gradients": {name: p.kept for name, p in bare.named_parameters() if p.requires_grad},
