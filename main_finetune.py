@@ -26,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with cli.exit_on_user_error():
         inputs = supervised.check(settings, build, multiple)
+        make_transform(settings, (32, 32))
     job = run.Run.start(settings, inputs.resumed)
     inputs.resumed = None  # the run holds it, until it has restored from it
 
@@ -41,19 +42,19 @@ def main(argv: list[str] | None = None) -> None:
     task = supervised.Task(
         model=model,
         optimizer=optim.finetune_adamw(model, settings.weight_decay, settings.layer_decay, job.device),
-        transform=transforms.finetune_transform(
-            model.patch_embed.img_size,
-            tuple(settings.crop_scale),
-            settings.hflip,
-            settings.aa,
-            settings.color_jitter,
-            mean,
-        ),
+        transform=make_transform(settings, model.patch_embed.img_size),
         prepare=make_prepare(settings, inputs.num_classes, transforms.Normalize(mean, std).to(job.device), job.device),
         smoothing=0.0 if settings.mixes else settings.smoothing,  # with mixup it is in the targets
         multiple=multiple,
     )
     supervised.fit(job, inputs, task)
+
+
+def make_transform(settings: FinetuneSettings, size: tuple[int, int]) -> Callable:
+    """The augmentation on the host."""
+    mean, _ = supervised.statistics(settings)
+    scale = tuple(settings.crop_scale)
+    return transforms.finetune_transform(size, scale, settings.hflip, settings.aa, settings.color_jitter, mean)
 
 
 def make_prepare(

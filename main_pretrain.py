@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         bare.load_state_dict(inputs.weights)
     bare.to(job.device)
     if settings.compile:
-        bare.compile()
+        bare.compile_blocks()
     model = dist.wrap(bare, job.device)
     size, scale = bare.patch_embed.img_size, tuple(settings.crop_scale)
     transform = transforms.pretrain_transform(size, scale, settings.hflip)
@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> None:
 
     for epoch in job.epochs():
         warming_up = epoch < settings.masking_warmup_epochs
-        bare.masking = masking.create("random", mask_ratio=settings.mask_ratio) if warming_up else inputs.strategy
+        bare.set_masking(masking.create("random", mask_ratio=settings.mask_ratio) if warming_up else inputs.strategy)
         stats = engine_pretrain.train_one_epoch(model, loop, update, epoch, prepare=prepare, amp=job.amp)
         job.log.epoch({f"train_{name}": value for name, value in stats.items()} | {"epoch": epoch})
         job.save(model, optimizer, scaler, epoch, len(loader))
-    if settings.epochs == 0:
+    if settings.epochs == 0 and job.start_epoch == 0:
         job.save(model, optimizer, scaler, -1, len(loader))  # the untrained model, to compare with
     job.finish()
 
@@ -73,17 +73,20 @@ def check(settings: PretrainSettings) -> Inputs:
     with torch.device("meta"):
         model = build_model(settings)
     strategy = create_strategy(settings)
-    masking.check(strategy, model.num_patches)
+    masking.check(strategy, model.num_patches, model.cls_token.shape[-1])
     channel_statistics(settings)
     images = datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans)
     run.step_plan(settings, len(images))
     run.check_output_dir(settings)
-    resumed = run.load_resumed(settings, checkpoint.resume_path(settings.output_dir, settings.resume), model)
-    weights = None
-    if resumed is None and settings.finetune:
+    path = checkpoint.resume_path(settings.output_dir, settings.resume)
+    if path is not None:
+        resumed = run.check_resumed(settings, path, checkpoint.load(path), model)
+        return Inputs(strategy, images, resumed, None)
+    if settings.finetune:
         weights = checkpoint.model_state(checkpoint.load(settings.finetune), settings.finetune)
         checkpoint.check_state(settings.finetune, model, weights)
-    return Inputs(strategy, images, resumed, weights)
+        return Inputs(strategy, images, None, weights)
+    return Inputs(strategy, images, None, None)
 
 
 def build_model(settings: PretrainSettings) -> models_mae.MaskedAutoencoderViT:

@@ -58,7 +58,7 @@ class MaskedAutoencoderViT(nn.Module):
         _check_sizes(img_size, patch_size, in_chans, norm_pix_loss)
         _check_heads(embed_dim, num_heads, decoder_embed_dim, decoder_num_heads)
         self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
-        self.masking = masking if masking is not None else RandomMasking()
+        self.set_masking(masking if masking is not None else RandomMasking())
         self.mask_stats: dict[str, torch.Tensor] = {}  # diagnostics (N,) of the last forward, for the log
 
         self.patch_embed = PatchEmbed(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim)
@@ -86,6 +86,15 @@ class MaskedAutoencoderViT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+
+    def set_masking(self, strategy: Callable[..., Mask]) -> None:
+        """Mask with `strategy` from now on. It is no submodule, whatever it is: the state dict stays MAE's."""
+        object.__setattr__(self, "masking", strategy)
+
+    def compile_blocks(self) -> None:
+        """Compile the transformer blocks; packed batches, whose lengths change in every step, run without."""
+        for block in (*self.blocks, *self.decoder_blocks):
+            block.compile()
 
     @property
     def num_patches(self) -> int:
@@ -137,7 +146,7 @@ class MaskedAutoencoderViT(nn.Module):
             layout = PackedLayout.from_lengths(tuple(k + 1 for k in mask.keep_lengths), tokens.device)
             x = torch.cat([cls_token, tokens], dim=1).flatten(0, 1)[_slots(mask, num_tokens)]  # (T, D)
         for block in self.blocks:
-            x = block(x, attn_mask=layout)
+            x = block(x) if layout is None else block.forward(x, attn_mask=layout)  # forward: never compiled
         return self.norm(x)
 
     def forward_encoder(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, Mask]:

@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     if "--output_dir" not in " ".join(task_argv):
         task_argv += ["--output_dir", str(Path(given.job_dir or settings.output_dir).resolve())]
     folder = Path(given.job_dir or settings.output_dir).resolve()
-    executor = submitit.AutoExecutor(folder / "submitit", cluster=given.cluster)
+    # submitit gives up after 3 time limits by default; pre-training takes as many as it takes.
+    executor = submitit.AutoExecutor(folder / "submitit", cluster=given.cluster, slurm_max_num_timeout=100_000)
     executor.update_parameters(**parameters(given))
     job = executor.submit(Job(given.task, task_argv))
     print(f"submitted job {job.job_id}; logs in {folder / 'submitit'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -26,7 +27,7 @@ class Inputs:
     val: ImageSet
     num_classes: int
     resumed: dict | None  # checkpoint to continue
-    weights: dict[str, torch.Tensor] | None  # part of a checkpoint to start from
+    weights: dict[str, torch.Tensor] | None  # part of a checkpoint to start from; with --eval all of it
 
 
 def check(settings: SupervisedSettings, build: Callable[[int, bool], VisionTransformer], multiple: int = 1) -> Inputs:
@@ -41,52 +42,59 @@ def check(settings: SupervisedSettings, build: Callable[[int, bool], VisionTrans
         ValueError: for anything that cannot work, before anything expensive.
     """
     transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
+    start = _start_path(settings)
+    content = checkpoint.load(start) if start is not None else None
     train = None if settings.eval else _open(settings, "train")
     val = _open(settings, "val")
-    if train is not None and set(val.classes) - set(train.classes):
-        extra = sorted(set(val.classes) - set(train.classes))
-        raise ValueError(f"--data_path {settings.data_path}: classes of val/ that train/ has not: {extra[:5]}")
-    if train is not None and val.classes != train.classes:
-        val = val.relabelled(train.classes)
-    found = len((train or val).classes)
-    if settings.nb_classes is not None and settings.nb_classes < found:
-        raise ValueError(f"--nb_classes {settings.nb_classes}: the pictures have {found} classes")
-    num_classes = settings.nb_classes or found
+    classes = train.classes if train is not None else tuple(content.get("classes", ())) or val.classes
+    val = _number_classes(settings, val, classes)
+    if settings.nb_classes is not None and settings.nb_classes < len(classes):
+        raise ValueError(f"--nb_classes {settings.nb_classes}: the pictures have {len(classes)} classes")
+    num_classes = settings.nb_classes or len(classes)
     with torch.device("meta"):
         bare, model = build(num_classes, False), build(num_classes, True)
     if train is not None:
         run.step_plan(settings, len(train), multiple)
-    run.check_output_dir(settings)
-    resumed, weights = _find_start(settings, bare, model)
-    return Inputs(train, val, num_classes, resumed, weights)
+        run.check_output_dir(settings)
+    if content is None:
+        return Inputs(train, val, num_classes, None, None)
+    if settings.eval:
+        state = checkpoint.model_state(content, start)
+        checkpoint.check_state(start, model, state)
+        return Inputs(train, val, num_classes, None, state)
+    if start == settings.finetune:
+        return Inputs(train, val, num_classes, None, _fit(start, content, bare))
+    return Inputs(train, val, num_classes, run.check_resumed(settings, start, content, model), None)
+
+
+def _start_path(settings: SupervisedSettings) -> str | Path | None:
+    """Own last checkpoint, --resume, --finetune, nothing; with --eval: --resume, --finetune, own last."""
+    own = checkpoint.resume_path(settings.output_dir, None)
+    if not settings.eval:
+        return own or settings.resume or settings.finetune
+    path = settings.resume or settings.finetune or own
+    if path is None:
+        raise ValueError("--eval: name the checkpoint to evaluate with --resume or --finetune")
+    return path
+
+
+def _number_classes(settings: SupervisedSettings, val: ImageSet, classes: tuple[str, ...]) -> ImageSet:
+    extra = sorted(set(val.classes) - set(classes))
+    if extra:
+        raise ValueError(f"--data_path {settings.data_path}: classes of val/ that train/ has not: {extra[:5]}")
+    return val if val.classes == classes else val.relabelled(classes)
+
+
+def _fit(path: str, content: dict, bare: VisionTransformer) -> dict[str, torch.Tensor]:
+    grid = content.get("grid")
+    try:
+        return models_vit.fit_state(bare, checkpoint.model_state(content, path), tuple(grid) if grid else None)
+    except ValueError as error:
+        raise ValueError(f"--finetune {path}: {error}") from error
 
 
 def _open(settings: SupervisedSettings, split: str) -> ImageSet:
     return open_labelled(settings.dataset, settings.data_path, split, settings.in_chans)
-
-
-def _find_start(
-    settings: SupervisedSettings, bare: VisionTransformer, model: VisionTransformer
-) -> tuple[dict | None, dict | None]:
-    """(checkpoint to continue, weights to start from): own last, --resume, --finetune; --eval asks --resume first."""
-    path = checkpoint.resume_path(settings.output_dir, settings.resume)
-    if settings.eval:
-        path = settings.resume or (None if settings.finetune else path)
-    if path is not None:
-        content = checkpoint.load(path)
-        checkpoint.check_state(path, model, checkpoint.model_state(content, path))
-        return (content if settings.eval else run.load_resumed(settings, path, model)), None
-    if not settings.finetune:
-        if settings.eval:
-            raise ValueError("--eval: name the checkpoint to evaluate with --resume or --finetune")
-        return None, None
-    content = checkpoint.load(settings.finetune)
-    grid = content.get("grid")
-    try:
-        state = checkpoint.model_state(content, settings.finetune)
-        return None, models_vit.fit_state(bare, state, tuple(grid) if grid else None)
-    except ValueError as error:
-        raise ValueError(f"--finetune {settings.finetune}: {error}") from error
 
 
 def build_model(settings: SupervisedSettings, num_classes: int, drop_path: float = 0.0) -> VisionTransformer:
@@ -126,6 +134,7 @@ class Task:
 def fit(job: run.Run, inputs: Inputs, task: Task) -> None:
     """Train and evaluate for the epochs that are left; save and log after each."""
     settings, bare = job.settings, task.model
+    job.classes = inputs.train.classes
     evaluate = evaluator(job, inputs, bare)
     scaler = precision.grad_scaler(job.amp, job.device)
     job.restore(bare, task.optimizer, scaler)
@@ -156,8 +165,7 @@ def fit(job: run.Run, inputs: Inputs, task: Task) -> None:
 
 def evaluate_only(job: run.Run, inputs: Inputs, model: VisionTransformer) -> None:
     """`--eval`: accuracy of a checkpoint, nothing else."""
-    if job.content is not None:
-        model.load_state_dict(checkpoint.model_state(job.content))
+    model.load_state_dict(inputs.weights)
     test = evaluator(job, inputs, model)()
     job.log.say(_describe("evaluated", test, test["acc1"]))
     job.finish()

@@ -75,8 +75,11 @@ def mask_from_scores(scores: torch.Tensor, num_keep: int | torch.Tensor, stats: 
     if len(set(counts)) <= 1:
         first = counts[0] if counts else 0
         return Mask(ids_restore >= first, num_keep, ids_shuffle[:, :first], ids_restore, None, stats)
-    kept = place < num_keep[:, None]  # (N, L), in ranking order
-    return Mask(ids_restore >= num_keep[:, None], num_keep, ids_shuffle[kept], ids_restore, counts, stats)
+    total = sum(counts)  # a boolean index would make the host wait once more
+    image = torch.repeat_interleave(torch.arange(num_images, device=scores.device), num_keep, output_size=total)
+    start = num_keep.cumsum(0) - num_keep  # (N,) where each image begins
+    rank = torch.arange(total, device=scores.device) - start[image]
+    return Mask(ids_restore >= num_keep[:, None], num_keep, ids_shuffle[image, rank], ids_restore, counts, stats)
 
 
 def keep_count(num_tokens: int, mask_ratio: float | Fraction) -> int:
@@ -147,13 +150,21 @@ def create(name: str, **options) -> Strategy:
                 raise ValueError(
                     f"the masking strategy {name!r} has no option {option!r}{hint}; it has {_join(parameters)}"
                 )
-    return factory(**options)
+    try:
+        return factory(**options)
+    except TypeError as error:
+        raise ValueError(f"the masking strategy {name!r} cannot be made from {_join(options)}: {error}") from error
 
 
 def check(strategy: Strategy, num_tokens: int, embed_dim: int = 8) -> None:
     """Call `strategy` once on blank tokens of one image; ValueError if it cannot mask `num_tokens` tokens."""
     tokens = torch.zeros(1, num_tokens, embed_dim)
-    result = strategy(tokens, noise=torch.linspace(0, 0.999, num_tokens)[None])
+    try:
+        result = strategy(tokens, noise=torch.linspace(0, 0.999, num_tokens)[None])
+    except ValueError:
+        raise
+    except Exception as error:  # a user's own code may fail in any way
+        raise ValueError(f"the masking strategy failed on blank tokens: {type(error).__name__}: {error}") from error
     if not isinstance(result, Mask):
         raise ValueError(f"the masking strategy returned {type(result).__name__}; it must return masking.Mask")
 
@@ -173,7 +184,7 @@ def _load(path: str) -> type:
         sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # importing runs the user's code, which may fail in any way
         raise ValueError(
             f"the masking strategy {path!r} cannot be imported ({error}); write package.module:Class"
         ) from error

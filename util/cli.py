@@ -28,7 +28,10 @@ def parse(settings_class: type[SettingsT], argv: list[str] | None = None) -> Set
     impossible value.
     """
     parser = make_parser(settings_class)
-    given = parser.parse_args(argv)
+    try:
+        given = parser.parse_args(argv)
+    except UnicodeDecodeError as error:
+        _exit(f"--config: not a text file ({error})")
     values = {field.name: given[field.name] for field in dataclasses.fields(settings_class)}
     settings = settings_class(**values)
     with exit_on_user_error():
@@ -41,8 +44,7 @@ def make_parser(settings_class: type[Settings]) -> ArgumentParser:
     fields = {field.name: field for field in dataclasses.fields(settings_class)}
     hints = {name: hint for name, hint in typing.get_type_hints(settings_class).items() if name in fields}
     lists = {name for name, hint in hints.items() if typing.get_origin(hint) is list}
-    flags = {name for name, hint in hints.items() if hint is bool}
-    set_loader("settings", lambda text: _load_yaml(text, lists, flags), exceptions=(yaml.YAMLError,))
+    set_loader("settings", lambda text: _load_yaml(text, hints), exceptions=(yaml.YAMLError,))
     parser = _Parser(
         prog=os.path.basename(sys.argv[0]),
         allow_abbrev=False,
@@ -115,14 +117,17 @@ class _Parser(ArgumentParser):
         _exit(f"there is no setting {key!r}{nearest(key, self.types)}; --help lists all")
 
 
-def _load_yaml(text: str, lists: set[str], flags: set[str]) -> Any:
+def _load_yaml(text: str, hints: dict[str, Any]) -> Any:
     content = yaml.load(text, Loader=_Loader)
-    if isinstance(content, dict):
-        for name in flags & content.keys():
-            if not isinstance(content[name], bool):
-                _exit(f"--{name} {content[name]}: must be true or false")
-        for name in lists & content.keys():
-            content[name] = _as_list(content[name])
+    if not isinstance(content, dict):
+        return content
+    for name in hints.keys() & content.keys():
+        hint, value = hints[name], content[name]
+        optional = type(None) in typing.get_args(hint)
+        if typing.get_origin(hint) is list:
+            content[name] = _as_list(value)
+        elif (value is None and not optional) or (hint is bool and not isinstance(value, bool)):
+            _exit(f"--{name} {'null' if value is None else value}: must be {_describe(hint)}")
     return content
 
 
@@ -147,7 +152,10 @@ _Loader.add_implicit_resolver(
 
 
 def _number(text: str) -> Any:
-    value = yaml.load(text, Loader=_Loader)
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        return text
     return text if value is None else value
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -44,7 +43,7 @@ class Settings:
     seed: int = option(0, "of everything random")
     resume: str | None = option(None, "checkpoint of the same task to continue from, unless --output_dir has its own")
     # What only makes it fast
-    device: str | None = option(None, "cuda or cpu; default: cuda where there is one")
+    device: Literal["cuda", "cpu"] | None = option(None, "cuda or cpu; default: cuda where there is one")
     amp: Literal["bf16", "fp16", "none"] | None = option(
         None, "autocast format; default: bf16 or fp16 on GPU, none on CPU"
     )
@@ -67,6 +66,8 @@ class Settings:
         for name in ("input_size", "patch_size"):
             if len(getattr(self, name)) > 2 or any(side < 1 for side in getattr(self, name)):
                 raise ValueError(f"--{name} {getattr(self, name)}: give one side or height and width, in pixels")
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed {self.seed}: must be below 2^63")
         if self.clip_grad is not None and self.clip_grad <= 0:
             raise ValueError(f"--clip_grad {self.clip_grad}: must be above 0; leave it out for no clipping")
         self.resolved_accum_iter(dist.launched_world_size())
@@ -181,8 +182,6 @@ class SupervisedSettings(Settings):
             raise ValueError(f"--crop_pct {self.crop_pct}: must be above 0 and at most 1")
         self._check_minimum(2, "nb_classes")
         check_crop_scale(self.crop_scale)
-        if self.eval and not (self.resume or self.finetune or os.path.isdir(self.output_dir)):
-            raise ValueError("--eval: name the checkpoint to evaluate with --resume or --finetune")
 
 
 @dataclass
@@ -220,6 +219,10 @@ class FinetuneSettings(SupervisedSettings):
         self._check_minimum(0, "mixup", "cutmix")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"--layer_decay {self.layer_decay}: must be above 0 and at most 1")
+        if len(self.cutmix_minmax) not in (0, 2):
+            raise ValueError(f"--cutmix_minmax {self.cutmix_minmax}: give two numbers, smallest and largest side")
+        if self.aa and self.in_chans not in (1, 3):
+            raise ValueError(f"--in_chans {self.in_chans}: --aa needs 1 or 3 channels; turn it off with --aa null")
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"--batch_size {self.batch_size}: must be even, because mixup and cutmix pair the images")
 

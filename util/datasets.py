@@ -52,7 +52,7 @@ class ImageSet:
             return Image.fromarray(item).convert(self.mode)
         try:
             with Image.open(item) as image:
-                return image.convert(self.mode)
+                return _eight_bits(image).convert(self.mode)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise OSError(f"{item}: cannot be decoded ({error})") from error
 
@@ -114,6 +114,15 @@ def open_labelled(name: str, data_path: str | None, split: str, in_chans: int) -
             f"--data_path {data_path}: expected {root}/<class>/<picture>, and folders train and val ({error})"
         ) from error
     return ImageSet([path for path, _ in folder.samples], folder.targets, tuple(folder.classes), mode)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey to 8-bit grey; Pillow's own conversion would cut everything above 255. ValueError for floats."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range")
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray(np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255).astype(np.uint8))
 
 
 def _folder(data_path: str | None) -> Path:

@@ -27,7 +27,7 @@ def is_main() -> bool:
 
 
 def launched_world_size() -> int:
-    """Number of processes the launcher (torchrun, srun) says there are; known before `init`."""
+    """Number of processes the launcher (torchrun, submitit) says there are; known before `init`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

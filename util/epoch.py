@@ -44,7 +44,7 @@ class EpochLoop:
         """Train for `epoch`; means of whatever `train_step` averaged, over the epoch and all processes.
 
         Raises:
-            FloatingPointError: the loss is not finite where a line is due.
+            FloatingPointError: the loss or the gradient is not finite where a line is due.
         """
         total, window, clock, window_images = Averages(self.device), Averages(self.device), Stopwatch(), 0
         for step, micro_batches in self.loader.steps(epoch):
@@ -67,11 +67,12 @@ class EpochLoop:
 
     def _report(self, values: dict[str, float], epoch: int, done: int) -> None:
         steps = len(self.loader)
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} in epoch {epoch} at step {done} of {steps}; "
-                "lower --blr, add --clip_grad 1, or use --amp bf16 or none"
-            )
+        for name, what in (("loss", "loss"), ("grad_norm", "gradient's norm")):
+            if not math.isfinite(values[name]):
+                raise FloatingPointError(
+                    f"the {what} is {values[name]} in epoch {epoch} at step {done} of {steps}; "
+                    "lower --blr, add --clip_grad 1, or use --amp bf16 or none"
+                )
         if self.log is not None:
             shown = ("loss", "lr", "images_per_s", *self.shown)
             self.log.progress(f"epoch {epoch}", done, steps, {name: values[name] for name in shown})

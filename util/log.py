@@ -72,23 +72,25 @@ class RunLog:
     """Files and terminal of one run; silent in all processes but the first.
 
     Args:
-        output_dir: where `log.txt` goes.
+        output_dir: where `log.txt` goes; None writes no files, for a run that only evaluates.
         log_dir: where TensorBoard's events go.
         start_epoch: lines of `log.txt` from this epoch on are dropped, because these epochs are run again.
     """
 
-    def __init__(self, output_dir: Path, log_dir: Path, start_epoch: int = 0):
+    def __init__(self, output_dir: Path | None, log_dir: Path | None = None, start_epoch: int = 0):
         self._bar: tqdm | None = None
         self._writer = None
-        self._path = output_dir / "log.txt"
-        if not dist.is_main():
+        if output_dir is None or not dist.is_main():
             return
+        self._path = output_dir / "log.txt"
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(log_dir))
         if self._path.is_file():
-            kept = [line for line in self._path.read_text().splitlines() if json.loads(line)["epoch"] < start_epoch]
-            self._path.write_text("".join(line + "\n" for line in kept))
+            kept = [line for line in self._path.read_text().splitlines() if _epoch(line) < start_epoch]
+            temporary = self._path.with_name("log.txt.tmp")
+            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.replace(self._path)
 
     def say(self, text: str) -> None:
         """A line on the terminal."""
@@ -121,7 +123,7 @@ class RunLog:
 
     def epoch(self, values: dict[str, Any]) -> None:
         """One line of `log.txt`."""
-        if dist.is_main():
+        if self._writer is not None:
             with open(self._path, "a") as file:
                 file.write(json.dumps(values) + "\n")
             self._writer.flush()
@@ -143,6 +145,14 @@ class Stopwatch:
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
         return images / max(seconds, 1e-9)
+
+
+def _epoch(line: str) -> float:
+    """The epoch of a line of `log.txt`; infinity for a line that was cut off."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _short(value: float) -> str:

@@ -33,9 +33,12 @@ class PackedLayout:
         starts: dict[int, list[int]] = {}
         for length, end in zip(lengths, accumulate(lengths), strict=True):
             starts.setdefault(length, []).append(end - length)
-        groups = [torch.tensor(first)[:, None] + torch.arange(length) for length, first in sorted(starts.items())]
-        inverse = torch.argsort(torch.cat([group.flatten() for group in groups]))
-        return PackedLayout(tuple(lengths), tuple(group.to(device) for group in groups), inverse.to(device))
+        by_length = sorted(starts.items())
+        index = [torch.tensor(first)[:, None] + torch.arange(length) for length, first in by_length]
+        order = torch.cat([group.flatten() for group in index]).to(device)  # one transfer
+        parts = order.split([group.numel() for group in index])
+        groups = tuple(part.view(-1, length) for part, (length, _) in zip(parts, by_length, strict=True))
+        return PackedLayout(tuple(lengths), groups, torch.argsort(order))
 
 
 def packed_attention(qkv: torch.Tensor, layout: PackedLayout) -> torch.Tensor:

@@ -19,31 +19,36 @@ from util.datasets import ImageSet, SeededImages
 from util.epoch import EpochLoop
 from util.log import RunLog
 
+# What a parameter group takes from the command line even when it continues a checkpoint.
+_OWN_OPTIONS = {"weight_decay", "lr_scale"}
+
 
 def check_output_dir(settings: Settings) -> None:
-    """Create `--output_dir`; ValueError if nothing can be written there. Many loader processes only warn."""
-    try:
-        Path(settings.output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=settings.output_dir):
-            pass
-    except OSError as error:
-        raise ValueError(f"--output_dir {settings.output_dir}: cannot be written ({error.strerror})") from error
+    """Create `--output_dir` and `--log_dir`; ValueError if nothing can be written there. Many workers only warn."""
+    for flag in ("output_dir", "log_dir"):
+        folder = getattr(settings, flag)
+        if folder is None:
+            continue
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(f"--{flag} {folder}: cannot be written ({error.strerror})") from error
     cores = os.cpu_count() or 1
     if settings.num_workers > cores:
         warnings.warn(f"--num_workers {settings.num_workers}: this machine has {cores} cores", stacklevel=2)
 
 
-def load_resumed(settings: Settings, path: Path | None, model: nn.Module) -> dict | None:
-    """The checkpoint to continue from, checked against `model` (the meta device will do) and the settings.
+def check_resumed(settings: Settings, path: str | Path, content: dict, model: nn.Module) -> dict:
+    """`content` of the checkpoint to continue, if it fits `model` (the meta device will do) and the settings.
 
     Raises:
-        ValueError: damaged, of another architecture, without an optimizer, or of another effective batch size.
+        ValueError: of another architecture, without an optimizer, or of another effective batch size.
     """
-    if path is None:
-        return None
-    content = checkpoint.load(path)
     checkpoint.check_state(path, model, checkpoint.model_state(content, path))
-    if "optimizer" not in content or "epoch" not in content:
+    optimizer = content.get("optimizer")
+    if not (isinstance(optimizer, dict) and optimizer.get("param_groups") and isinstance(content.get("epoch"), int)):
         raise ValueError(
             f"{path}: holds weights but no training state; start from it with --finetune instead of --resume"
         )
@@ -79,6 +84,7 @@ class Run:
         content: the checkpoint it continues from, or None.
         log: where its numbers go.
         best: best accuracy on the validation images so far, where there is one.
+        classes: names of the classes, where there are some.
     """
 
     settings: Settings
@@ -88,12 +94,16 @@ class Run:
     log: RunLog = field(init=False)
     start_epoch: int = field(init=False, default=0)
     best: float = field(init=False, default=0.0)
+    classes: tuple[str, ...] = field(init=False, default=())
 
     def __post_init__(self):
+        settings = self.settings
+        if getattr(settings, "eval", False):  # leaves the run that it evaluates as it is
+            self.log = RunLog(None)
+            return
         if self.content is not None:
             self.start_epoch = self.content["epoch"] + 1
             self.best = self.content.get("best_acc1", 0.0)
-        settings = self.settings
         self.log = RunLog(Path(settings.output_dir), Path(settings.log_dir or settings.output_dir), self.start_epoch)
         if dist.is_main():
             resolved = self._resolved()
@@ -161,7 +171,10 @@ class Run:
         if self.content is None:
             return
         model.load_state_dict(checkpoint.model_state(self.content))
+        asked = [{name: group[name] for name in _OWN_OPTIONS & group.keys()} for group in optimizer.param_groups]
         optimizer.load_state_dict(self.content["optimizer"])
+        for group, options in zip(optimizer.param_groups, asked, strict=True):
+            group.update(options)  # this command's, not those of the checkpoint
         if self.content.get("scaler"):
             scaler.load_state_dict(self.content["scaler"])
         self.log.say(f"continuing after epoch {self.content['epoch']}")
@@ -193,6 +206,7 @@ class Run:
             "grid": list(bare.patch_embed.grid_size),
             "effective_batch_size": effective_batch_size(self.settings),
             "best_acc1": self.best,
+            "classes": list(self.classes),
         }
         folder = Path(self.settings.output_dir)
         every, at_end = self.settings.save_every_epochs, epoch + 1 == self.settings.epochs

@@ -60,6 +60,8 @@ class GradientStep:
         # DistributedDataParallel has averaged over the processes; undo that along with the nominal count.
         torch._foreach_mul_(gradients, self.nominal_count * dist.world_size() / total)
         norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or float("inf"))
+        if self.scaler.is_enabled():  # fp16 overflows now and then; the scaler skips such a step, the log counts 0
+            norm = torch.where(norm.isfinite(), norm, 0.0)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

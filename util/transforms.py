@@ -35,18 +35,25 @@ def finetune_transform(
     color_jitter: float | None,
     mean: tuple[float, ...],
 ) -> Callable:
-    """timm's training augmentation, as MAE uses it; random erasing comes later, on normalised images."""
-    return create_transform(
-        size,
-        is_training=True,
-        scale=scale,
-        hflip=hflip,
-        color_jitter=color_jitter or 0.0,
-        auto_augment=auto_augment,
-        interpolation="bicubic",
-        mean=mean,
-        normalize=False,
-    )
+    """timm's training augmentation, as MAE uses it; random erasing comes later, on normalised images.
+
+    Raises:
+        ValueError: `auto_augment` is no policy that timm knows.
+    """
+    try:
+        return create_transform(
+            size,
+            is_training=True,
+            scale=scale,
+            hflip=hflip,
+            color_jitter=color_jitter or 0.0,
+            auto_augment=auto_augment,
+            interpolation="bicubic",
+            mean=mean,
+            normalize=False,
+        )
+    except AssertionError as error:
+        raise ValueError(f"--aa {auto_augment}: no policy of timm's, such as rand-m9-mstd0.5-inc1") from error
 
 
 def evaluation_transform(size: Size, crop_pct: float | None) -> Callable:
