@@ -68,6 +68,8 @@ def test_accumulation_follows_from_the_effective_batch(monkeypatch):
         (main_pretrain, "mask_ratio: high", "--mask_ratio high: must be a number"),
         (main_pretrain, "epochs: 1.5", "--epochs 1.5: must be a whole number"),
         (main_pretrain, "norm_pix_loss: maybe", "norm_pix_loss"),
+        (main_pretrain, "mask_ratio:", "--mask_ratio null: must be a number"),
+        (main_pretrain, "seed: null", "--seed null: must be a whole number"),
         (main_pretrain, "amp: fp8", "--amp fp8: must be bf16 or fp16 or none"),
         (main_pretrain, "model: [a", "config"),
         (main_finetune, "layer_decay: 2", "--layer_decay 2.0: must be above 0"),
@@ -106,6 +108,10 @@ PRETRAIN = ["--dataset", "digits", "--in_chans", "1", "--model", "mae_vit_mini_p
         (["--crop_scale", "0.5"], "--crop_scale [0.5]"),
         (["--epochs", "-1"], "--epochs -1: must be at least 0"),
         (["--clip_grad", "0"], "--clip_grad 0.0"),
+        (["--device", "tpu"], "--device tpu: must be cuda or cpu"),
+        (["--log_dir", "/dev/null/here"], "--log_dir /dev/null/here: cannot be written"),
+        (["--seed", "9" * 20], "must be below 2^63"),
+        (["--masking", "sbam", "--masking_args", "randomness=[1"], "randomness is '[1'"),
         (["--effective_batch_size", "100", "--batch_size", "64"], "choose a --batch_size that divides it, such as 50"),
         (["--effective_batch_size", "128", "--accum_iter", "3"], "leave one of the three out"),
         (["--dataset", "folder"], "--data_path is not given"),
@@ -130,6 +136,9 @@ def test_a_mistake_in_pretraining_flags(tmp_path, capsys, flags, message):
         (main_finetune, ["--eval"], "name the checkpoint to evaluate"),
         (main_finetune, ["--finetune", "absent.pth"], "absent.pth: there is no such checkpoint"),
         (main_finetune, ["--crop_pct", "1.5"], "--crop_pct 1.5"),
+        (main_finetune, ["--aa", "garbage"], "--aa garbage: no policy"),
+        (main_finetune, ["--in_chans", "4"], "--aa needs 1 or 3 channels"),
+        (main_finetune, ["--cutmix_minmax", "0.2"], "give two numbers"),
         (main_linprobe, ["--dataset", "folder", "--data_path", "."], "<class>/<picture>"),
         (main_linprobe, ["--model", "vit_mini"], "did you mean 'vit_mini_patch4'"),
     ],
@@ -157,6 +166,15 @@ def test_checkpoints_that_do_not_fit(tmp_path, capsys):
     flags = ["--dataset", "digits", "--in_chans", "1", "--model", "vit_mini_patch4", "--output_dir", tmp_path / "p"]
     refused(main_finetune, [*flags, "--finetune", other], "another architecture", capsys)
     assert not (tmp_path / "p" / "log.txt").exists()
+
+
+def test_odd_checkpoints(tmp_path, capsys):
+    binary, number = tmp_path / "binary.yaml", tmp_path / "number.pth"
+    binary.write_bytes(bytes(range(128, 256)))
+    torch.save({"model": 3}, number)
+    flags = [*PRETRAIN, "--output_dir", tmp_path / "o"]
+    refused(main_pretrain, [*flags, "--config", binary], "not a text file", capsys)
+    refused(main_pretrain, [*flags, "--resume", number], "holds no model weights", capsys)
 
 
 def test_classes_of_val_must_be_among_those_of_train(tmp_path, capsys):

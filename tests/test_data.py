@@ -64,6 +64,13 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path):
         images.picture(0)
 
 
+def test_16_bit_grey_keeps_its_shades(tmp_path):
+    shades = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(shades).save(tmp_path / "deep.png")
+    found = np.asarray(datasets.open_unlabelled("folder", str(tmp_path), 1).picture(0))
+    np.testing.assert_array_equal(found, shades // 257)
+
+
 def test_the_digits_are_split_without_overlap():
     train, val = (datasets.open_labelled("digits", None, split, 1) for split in ("train", "val"))
     assert (len(train), len(val)) == (1438, 359)

@@ -71,6 +71,20 @@ def test_finetuning_on_two_processes_equals_one(tmp_path):
         assert abs(lines[name]["test_acc1"] - lines["one"]["test_acc1"]) < 0.6
 
 
+def test_pretraining_on_two_processes_continues_on_one(tmp_path):
+    flags = ["--config", "configs/pretrain/digits.yaml", "--effective_batch_size", 48, "--output_dir", tmp_path]
+    first = run_main("main_pretrain.py", *flags, "--batch_size", 24, "--epochs", 1, "--num_workers", 0, processes=2)
+    assert first.returncode == 0, first.stderr
+    second = run_main("main_pretrain.py", *flags, "--batch_size", 16, "--epochs", 2, "--num_workers", 0)
+    assert second.returncode == 0, second.stderr
+    assert "continuing after epoch 0" in second.stdout
+    lines = log_lines(tmp_path)
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert lines[1]["train_loss"] < lines[0]["train_loss"]
+    assert all(line["train_kept_tokens_min"] < line["train_kept_tokens_max"] for line in lines)
+    assert len(list(tmp_path.glob("events*"))) == 2  # one for each run, not for each process
+
+
 def test_the_probe_counts_every_validation_image_once_on_two_processes(tmp_path):
     flags = ["--config", "configs/linprobe/digits.yaml", "--epochs", 1, "--warmup_epochs", 0, "--num_workers", 0]
     for evaluation in ("--dist_eval", "--no_dist_eval"):

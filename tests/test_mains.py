@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -156,6 +157,59 @@ def test_supervised_training_continues_and_evaluates(pictures, tmp_path, capsys,
     said = capsys.readouterr().out
     assert f"accuracy on 12 validation images: {lines[1]['test_acc1']:.2f}%" in said
     assert not (tmp_path / "evaluation" / "checkpoint-last.pth").exists()
+
+
+def test_evaluation_leaves_the_run_alone_and_needs_a_whole_classifier(pictures, tmp_path, capsys):
+    pretrain(pictures, tmp_path / "encoder")
+    encoder, task = tmp_path / "encoder" / "checkpoint-last.pth", tmp_path / "task"
+    for main in (main_finetune, main_linprobe):
+        run = task / main.__name__
+        supervised(main, pictures, run, "--finetune", encoder)
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        accuracy = f"{log_lines(run)[-1]['test_acc1']:.2f}%"
+        weights = tmp_path / f"{main.__name__}.pth"  # weights only, as published ones may be
+        torch.save({"model": checkpoint.load(run / "checkpoint-last.pth")["model"]}, weights)
+        for flags in ([], ["--resume", weights], ["--finetune", run / "checkpoint-last.pth"]):
+            capsys.readouterr()
+            supervised(main, pictures, run, "--eval", *flags)
+            assert accuracy in capsys.readouterr().out
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+        with pytest.raises(SystemExit):
+            supervised(main, pictures, run, "--eval", "--resume", encoder)
+        assert "another architecture" in capsys.readouterr().err
+
+
+def test_evaluation_numbers_the_classes_as_training_did(tmp_path, capsys):
+    folder = write_pictures(tmp_path / "pictures", classes=3)
+    shutil.rmtree(folder / "val" / "class0")
+    (line,) = supervised(main_finetune, folder, tmp_path / "task")
+    capsys.readouterr()
+    supervised(main_finetune, folder, tmp_path / "task", "--eval")
+    assert f"12 validation images: {line['test_acc1']:.2f}% (top 5 100.00%, loss {line['test_loss']:.4f})" in (
+        capsys.readouterr().out
+    )
+
+
+def test_flags_of_the_optimizer_count_when_a_run_continues(pictures, tmp_path):
+    supervised(main_finetune, pictures, tmp_path, "--layer_decay", 0.75)
+    supervised(main_finetune, pictures, tmp_path, "--layer_decay", 0.5, "--weight_decay", 0.9, "--epochs", 2)
+    groups = checkpoint.load(tmp_path / "checkpoint-last.pth")["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.9}
+    assert min(group["lr_scale"] for group in groups) == pytest.approx(0.5**13)
+
+
+def test_a_cut_off_line_of_the_log_is_dropped(pictures, tmp_path):
+    pretrain(pictures, tmp_path)
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write('{"train_lo')
+    assert [line["epoch"] for line in pretrain(pictures, tmp_path, "--epochs", 2)] == [0, 1]
+
+
+def test_fp16_with_its_loss_scaling(pictures, tmp_path):
+    exact = pretrain(pictures, tmp_path / "fp32", "--masking", "sbam_amr")
+    rough = pretrain(pictures, tmp_path / "fp16", "--masking", "sbam_amr", "--amp", "fp16")
+    assert rough[0]["train_loss"] == pytest.approx(exact[0]["train_loss"], rel=2e-2)
+    assert checkpoint.load(tmp_path / "fp16" / "checkpoint-last.pth")["scaler"]["scale"] > 1
 
 
 def test_finetuning_at_another_size(pictures, tmp_path):

@@ -121,13 +121,25 @@ def test_masks_against_the_goldens(name, prefix):
     np.testing.assert_array_equal(mask.mask.float(), data[f"{prefix}_mask"])
 
 
-def test_salience_ignores_reduced_matmul_precision():
-    tokens = some_tokens(scale=8)
-    expected = masking.token_salience(tokens)
-    torch.set_float32_matmul_precision("medium")  # bf16 on this CPU where it can
+def test_salience_runs_in_true_fp32_and_gives_the_settings_back(monkeypatch):
+    seen = []
+    softmax = torch.softmax
+
+    def record(logits, dim):
+        backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)
+        seen.append([logits.dtype, torch.is_autocast_enabled("cpu"), *(b.fp32_precision for b in backends)])
+        return softmax(logits, dim=dim)
+
+    monkeypatch.setattr(torch, "softmax", record)
+    torch.set_float32_matmul_precision("medium")
     try:
-        assert torch.equal(masking.token_salience(tokens), expected)
+        before = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+        with torch.autocast("cpu", torch.bfloat16):
+            masking.token_salience(some_tokens().bfloat16())
+        assert seen == [[torch.float32, False, "ieee", "ieee", "ieee"]]
         assert torch.get_float32_matmul_precision() == "medium"
+        assert before == (torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision)
+        assert before[0] == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -255,6 +267,25 @@ def test_a_strategy_from_a_users_own_file(tmp_path, monkeypatch):
     mask = masking.create("corner_masking:KeepFirst", mask_ratio=0.5)(some_tokens())
     assert_valid(mask, 5, 60)
     assert not mask.mask[:, :30].any()
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def __init__(self, mask_ratio, size): pass", "cannot be made from mask_ratio"),
+        (
+            "def __init__(self, mask_ratio): pass\n    def __call__(self, tokens, noise): return tokens.no",
+            "AttributeError",
+        ),
+        ("def __init__(self, mask_ratio) pass", "cannot be imported"),
+    ],
+)
+def test_a_users_strategy_that_fails_is_one_sentence(tmp_path, monkeypatch, body, message):
+    name = f"faulty_{abs(hash(body))}"
+    (tmp_path / f"{name}.py").write_text(f"class Mine:\n    {body}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        masking.check(masking.create(f"{name}:Mine", mask_ratio=0.5), 16)
 
 
 def test_check_refuses_what_is_not_a_mask():

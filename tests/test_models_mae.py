@@ -126,6 +126,17 @@ def test_every_strategy_trains(name):
 
 
 @pytest.mark.parametrize("name", masking.available())
+def test_a_strategy_with_parameters_does_not_enter_the_state_dict(name):
+    class Module(nn.Linear):
+        def forward(self, tokens, noise=None):
+            return masking.create(name)(tokens, noise=noise)
+
+    model = tiny_mae(masking=Module(48, 1))
+    assert model.state_dict().keys() == tiny_mae().state_dict().keys()
+    assert model(varied_images(2))[0].isfinite()
+
+
+@pytest.mark.parametrize("name", masking.available())
 def test_any_grid_and_channels(name):
     model = tiny_mae(img_size=(24, 40), patch_size=(4, 8), in_chans=2, masking=masking.create(name))
     loss, pred, mask = model(torch.randn(2, 2, 24, 40))
