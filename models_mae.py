@@ -91,10 +91,13 @@ class MaskedAutoencoderViT(nn.Module):
         """Mask with `strategy` from now on. It is no submodule, whatever it is: the state dict stays MAE's."""
         object.__setattr__(self, "masking", strategy)
 
-    def compile_blocks(self) -> None:
-        """Compile the transformer blocks; packed batches, whose lengths change in every step, run without."""
+    def compile_blocks(self, **options) -> None:
+        """Compile the transformer blocks; packed batches, whose lengths change in every step, run without.
+
+        `options` go to `torch.compile`.
+        """
         for block in (*self.blocks, *self.decoder_blocks):
-            block.compile()
+            block.compile(**options)
 
     @property
     def num_patches(self) -> int:

@@ -158,6 +158,21 @@ def test_masks_do_not_depend_on_autocast():
     assert torch.equal(plain, cast)
 
 
+@pytest.mark.parametrize("name", masking.available())
+def test_compiled_blocks_change_nothing_and_batches_share_their_graphs(name):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model, images, noise = tiny_mae(masking=masking.create(name)), varied_images(8), torch.rand(8, 64)
+    names = list(model.state_dict())
+    plain = [model(images[:size], noise[:size])[0].item() for size in (8, 5, 6, 7)]
+    model.compile_blocks(backend="eager")
+    compiled = [model(images[:size], noise[:size])[0].item() for size in (8, 5, 6, 7)]
+    np.testing.assert_allclose(compiled, plain, rtol=1e-5)
+    assert list(model.state_dict()) == names
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
 def test_bf16_is_close_to_fp32():
     model, images, noise = tiny_mae(masking=masking.create("sbam_amr")), varied_images(6), torch.rand(6, 64)
     exact = model(images, noise)[0]
