@@ -1,0 +1,42 @@
+"""What the documents say can be done as they say it."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from helpers import ROOT
+
+import masking
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/MASKING.md"])
+def test_the_example_strategy_works(document, tmp_path, monkeypatch):
+    text = (ROOT / document).read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class LargestNorm" in block]
+    module = f"example_{document.split('/')[-1].split('.')[0].lower()}"
+    (tmp_path / f"{module}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    strategy = masking.create(f"{module}:LargestNorm", mask_ratio=0.6, randomness=0)
+    tokens = torch.randn(2, 10, 8)
+    mask = strategy(tokens)
+    assert mask.num_keep.tolist() == [4, 4]
+    norms = tokens.norm(dim=-1)
+    assert all(norm[removed].min() >= norm[~removed].max() for norm, removed in zip(norms, mask.mask, strict=True))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_and_named_files_exist(path):
+    text = path.read_text()
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("http") or (path.parent / target).exists(), target
+    for name in re.findall(r"`((?:configs|scripts|util|masking|docs|tests)/[\w./]+\.\w+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_nothing_is_left_to_fill_in():
+    for path in DOCUMENTS:
+        assert not re.search(r"DEMO_|TODO|FIXME|XXX", path.read_text()), path.name
