@@ -47,14 +47,17 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import submitit
     except ImportError:
-        raise SystemExit("submitit_launch.py: error: submitit is missing; pip install submitit") from None
+        print("submitit_launch.py: error: submitit is missing; pip install submitit", file=sys.stderr)
+        sys.exit(2)
 
     os.environ["WORLD_SIZE"] = str(given.nodes * given.ngpus)  # the checks depend on it
-    settings = cli.parse(TASKS[given.task], task_argv)
-    del os.environ["WORLD_SIZE"]
-    if "--output_dir" not in " ".join(task_argv):
-        task_argv += ["--output_dir", str(Path(given.job_dir or settings.output_dir).resolve())]
+    try:
+        settings = cli.parse(TASKS[given.task], task_argv)
+    finally:
+        del os.environ["WORLD_SIZE"]
     folder = Path(given.job_dir or settings.output_dir).resolve()
+    if settings.output_dir == TASKS[given.task]().output_dir:  # neither a flag nor the file names one
+        task_argv += ["--output_dir", str(folder)]
     # submitit gives up after 3 time limits by default; pre-training takes as many as it takes.
     executor = submitit.AutoExecutor(folder / "submitit", cluster=given.cluster, slurm_max_num_timeout=100_000)
     executor.update_parameters(**parameters(given))

@@ -62,7 +62,7 @@ def check(settings: SupervisedSettings, build: Callable[[int, bool], VisionTrans
         state = checkpoint.model_state(content, start)
         checkpoint.check_state(start, model, state)
         return Inputs(train, val, num_classes, None, state)
-    if start == settings.finetune:
+    if start == settings.finetune and not settings.resume:
         return Inputs(train, val, num_classes, None, _fit(start, content, bare))
     return Inputs(train, val, num_classes, run.check_resumed(settings, start, content, model), None)
 

@@ -198,6 +198,13 @@ def test_flags_of_the_optimizer_count_when_a_run_continues(pictures, tmp_path):
     assert min(group["lr_scale"] for group in groups) == pytest.approx(0.5**13)
 
 
+def test_resume_comes_before_finetune_even_with_the_same_file(pictures, tmp_path):
+    supervised(main_finetune, pictures, tmp_path / "first")
+    last = tmp_path / "first" / "checkpoint-last.pth"
+    more = ["--resume", last, "--finetune", last, "--epochs", 2]
+    assert [line["epoch"] for line in supervised(main_finetune, pictures, tmp_path / "second", *more)] == [1]
+
+
 def test_a_cut_off_line_of_the_log_is_dropped(pictures, tmp_path):
     pretrain(pictures, tmp_path)
     with open(tmp_path / "log.txt", "a") as file:

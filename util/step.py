@@ -59,7 +59,9 @@ class GradientStep:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # DistributedDataParallel has averaged over the processes; undo that along with the nominal count.
         torch._foreach_mul_(gradients, self.nominal_count * dist.world_size() / total)
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_grad or float("inf"))
+        norm = nn.utils.get_total_norm(gradients)
+        if self.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
         if self.scaler.is_enabled():  # fp16 overflows now and then; the scaler skips such a step, the log counts 0
             norm = torch.where(norm.isfinite(), norm, 0.0)
         self.scaler.step(self.optimizer)
