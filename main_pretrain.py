@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     bare = build_model(settings)
     if inputs.weights is not None:
         bare.load_state_dict(inputs.weights)
-    bare.to(job.device)
+    job.place(bare)
     if settings.compile:
         bare.compile_blocks()
     model = dist.wrap(bare, job.device)

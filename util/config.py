@@ -48,6 +48,8 @@ class Settings:
         None, "autocast format; default: bf16 or fp16 on GPU, none on CPU"
     )
     compile: bool = option(False, "torch.compile the model")
+    grad_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, more time")
+    channels_last: bool = option(False, "store the patch embedding channels last; slower on a CPU")
     num_workers: int = option(10, "loader processes per training process")
     pin_mem: bool = option(True, "page-locked host memory, for faster copies to a GPU")
     dist_timeout: float = option(1800, "seconds after which a process that waits for the others gives up")

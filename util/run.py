@@ -133,6 +133,11 @@ class Run:
             "start_epoch": self.start_epoch,
         }
 
+    def place(self, model: nn.Module) -> None:
+        """Move `model` to the device, with the memory layout and the checkpointing that the settings ask for."""
+        model.to(self.device, memory_format=torch.channels_last if self.settings.channels_last else None)
+        model.set_grad_checkpointing(self.settings.grad_checkpointing)
+
     def learning_rate(self, epoch: float) -> float:
         """The schedule's rate at a fractional epoch."""
         settings = self.settings
