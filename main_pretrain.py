@@ -39,11 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     job.place(bare)
     if settings.compile:
         bare.compile_blocks()
-    model = dist.wrap(bare, job.device)
     size, scale = bare.patch_embed.img_size, tuple(settings.crop_scale)
     transform = transforms.pretrain_transform(size, scale, settings.hflip)
     loader = job.step_loader(inputs.images, transform)
     plan = loader.plan
+    model = dist.wrap(bare, job.device, plan.accumulates)
     optimizer = optim.pretrain_adamw(bare, settings.weight_decay, job.device)
     scaler = precision.grad_scaler(job.amp, job.device)
     job.restore(bare, optimizer, scaler)

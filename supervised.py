@@ -140,8 +140,8 @@ def fit(job: run.Run, inputs: Inputs, task: Task) -> None:
     job.restore(bare, task.optimizer, scaler)
     if settings.compile:
         bare.compile()
-    model: nn.Module = dist.wrap(bare, job.device)
     loader = job.step_loader(inputs.train, task.transform, task.multiple)
+    model: nn.Module = dist.wrap(bare, job.device, loader.plan.accumulates)
     nominal_images = settings.batch_size * loader.plan.accum_iter
     update = GradientStep(model, task.optimizer, scaler, nominal_images, settings.clip_grad)
     loop = job.loop(loader, task.optimizer)

@@ -59,6 +59,12 @@ class StepPlan:
         alone = 2 * rest >= self.effective_batch_size and rest >= self.multiple * self.world_size
         return max(1, full + alone)
 
+    @property
+    def accumulates(self) -> bool:
+        """True where some process has several micro-batches in some step."""
+        last = self.num_samples - (self.steps_per_epoch - 1) * self.effective_batch_size
+        return self.accum_iter > 1 or -(-last // self.world_size) > self.batch_size
+
     def micro_batches(self, order: list[int], step: int) -> list[list[int]]:
         """This process's share of step `step` of an epoch whose samples come in `order`."""
         first = step * self.effective_batch_size
