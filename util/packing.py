@@ -178,9 +178,9 @@ _attention_by_length.register_autograd(_differentiate, setup_context=_save_input
 class PackedAttention(Attention):
     """timm's attention, which also takes a packed batch: then `attn_mask` is its `PackedLayout`."""
 
-    def forward(self, x: torch.Tensor, attn_mask: PackedLayout | None = None, **kwargs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attn_mask: PackedLayout | torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """(N, K, D) -> (N, K, D), or with a layout (T, D) -> (T, D)."""
-        if attn_mask is None:
-            return super().forward(x, **kwargs)
+        if not isinstance(attn_mask, PackedLayout):
+            return super().forward(x, attn_mask=attn_mask, **kwargs)
         qkv = self.qkv(x).reshape(x.shape[0], 3, self.num_heads, self.head_dim)
         return self.proj(packed_attention(qkv, attn_mask).flatten(1))
