@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 def test_an_image_folder_has_labels_and_pretraining_takes_its_train_part(folder):
     train = datasets.open_labelled("folder", str(folder), "train", 3)
     assert train.classes == ("class0", "class1")
-    assert train.labels == [0] * 6 + [1] * 6
+    assert list(train.labels) == [0] * 6 + [1] * 6
     assert len(datasets.open_unlabelled("folder", str(folder), 3)) == 12
     assert train.picture(0).size == (40, 48)
 
@@ -79,18 +79,21 @@ def test_the_digits_are_split_without_overlap():
     assert max(np.asarray(train.picture(i)).max() for i in range(9)) == 255
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_only(folder):
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_sample_depends_on_seed_epoch_and_index_only(folder, exact):
     images = datasets.open_unlabelled("folder", str(folder), 3)
-    data = SeededImages(images, transforms.pretrain_transform((32, 32), (0.2, 1.0), 0.5), seed=1)
-    first = data[2, 5][0]
+    data = SeededImages(images, transforms.pretrain_transform((32, 32), (0.2, 1.0), 0.5, exact), seed=1)
+    (first, flip), _ = data[2, 5]
     torch.rand(3), np.random.rand(3), random.random()
     state = torch.get_rng_state()
-    assert torch.equal(data[2, 5][0], first)
+    assert torch.equal(data[2, 5][0][0], first)
     assert torch.equal(torch.get_rng_state(), state)
     assert first.dtype == torch.uint8
-    assert first.shape == (3, 32, 32)
+    assert first.shape == (32, 32, 3)
+    assert [bool(data[2, 5][0][1]) for _ in range(3)] == [bool(flip)] * 3
+    assert {bool(data[epoch, 5][0][1]) for epoch in range(20)} == {False, True}
     others = [data[3, 5][0], data[2, 6][0], SeededImages(images, data.transform, seed=2)[2, 5][0]]
-    assert not any(torch.equal(first, other) for other in others)
+    assert not any(torch.equal(first, other) for other, _ in others)
 
 
 def test_the_finetuning_augmentation_is_deterministic_too(folder):
