@@ -125,6 +125,13 @@ def write_16_bit_tiff(folder: Path, count: int = 12) -> Path:
     return folder
 
 
+def with_an_empty_file(source: Path, folder: Path) -> Path:
+    """A flat folder with a picture that cannot be decoded."""
+    write_flat(source, folder)
+    (folder / "3.jpg").write_bytes(b"")
+    return folder
+
+
 def all_sources(folder: Path) -> dict[str, list]:
     """Every source: its name, and the flags that pre-training takes to read it."""
     pictures = write_pictures(folder / "pictures", CLASSES, PER_CLASS)
@@ -141,5 +148,6 @@ def all_sources(folder: Path) -> dict[str, list]:
             *("--loader", "util.loaders:npy", "--input_size", 16, 24),
         ],
         "tiff": ["--data_path", write_16_bit_tiff(folder / "tiff"), "--in_chans", 1],
+        "few_bad": ["--data_path", with_an_empty_file(pictures, folder / "few_bad"), "--max_bad_images", 0.1],
         "digits": ["--dataset", "digits", "--in_chans", 1, "--batch_size", 360],
     }

@@ -16,7 +16,7 @@ from util import datasets, tar_shards
 TINY = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--batch_size", 3, "--epochs", 1, "--warmup_epochs", 0]
 TINY += ["--num_workers", 0, "--device", "cpu", "--print_freq", 1]
 COUNTS = {"cifar10": 15, "digits": 1438}
-NAMES = ["folder", "flat", "wds", "parquet", "arrow", "cifar10", "mnist", "npy", "tiff", "digits"]
+NAMES = ["folder", "flat", "wds", "parquet", "arrow", "cifar10", "mnist", "npy", "tiff", "few_bad", "digits"]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,8 @@ def trained(tmp_path_factory):
     command = [*launcher, ROOT / "tests" / "data_worker.py", folder / "sources.json", folder]
     variables = environment(HF_HOME=str(folder / "cache"), HF_HUB_OFFLINE="1")
     result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=variables, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.returncode == 0, result.stderr
+    (folder / "stderr").write_text(result.stderr)
     return folder
 
 
@@ -41,8 +42,17 @@ def test_two_processes_see_every_picture_once(trained, name):
     assert abs(len(seen[0]) - len(seen[1])) <= 1
     (line,) = log_lines(trained / name)
     assert np.isfinite(line["train_loss"])
-    assert line["train_bad_images"] == 0
+    assert line["train_bad_images"] == (name == "few_bad")
     assert 0 <= line["train_data_wait"] <= 1
+
+
+def test_bad_pictures_are_named_once_over_all_processes_and_too_many_stop_them_all(trained):
+    said = (trained / "stderr").read_text()
+    assert said.count("bad picture: ") == 2  # in the run that goes on, and in the one that stops
+    assert said.count("3.jpg: cannot be decoded") == 2
+    assert said.count("error: 1 of 12 pictures cannot be decoded, more than --max_bad_images 0.05 allows") == 1
+    assert [json.loads((trained / f"stopped-{rank}.json").read_text()) for rank in (0, 1)] == [2, 2]
+    assert not (trained / "bad" / "checkpoint-last.pth").exists()
 
 
 @pytest.fixture(scope="module")

@@ -48,18 +48,18 @@ class ImageSet:
 
     def picture(self, index: int) -> Image.Image:
         """Picture `index` for PIL. OSError names it if it cannot be decoded."""
-        return self._decoded(index, lambda content: decode.to_picture(content, decode.MODES[self.channels]))
+        return self.decoded(index, lambda content: decode.to_picture(content, decode.MODES[self.channels]))
 
     def pixels(self, index: int) -> torch.Tensor:
         """Picture `index` as a tensor (H, W, C), `uint8` or fp32. OSError names it if it cannot be decoded."""
-        return self._decoded(index, lambda content: decode.to_pixels(content, self.channels))
+        return self.decoded(index, lambda content: decode.to_pixels(content, self.channels))
 
-    def _decoded(self, index: int, decoder: Callable):
+    def decoded(self, index: int, decoder: Callable):
+        """What `decoder` makes of the content of picture `index`; an OSError with its name for any error."""
         try:
             return decoder(self.source.read(index))
         except Exception as error:  # decoders raise everything
-            cause = " ".join(str(error).split()) or type(error).__name__
-            raise OSError(f"{self.source.name(index)}: cannot be decoded ({cause})") from error
+            raise OSError(f"{self.source.name(index)}: cannot be decoded ({decode.reason(error)})") from error
 
 
 class SeededImages(Dataset):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
 from functools import cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 Content = bytes | np.ndarray  # an encoded file, or pixels (H, W) or (H, W, C)
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name
@@ -16,7 +17,6 @@ _LARGEST = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow calls a picture a decompre
 
 # Between half of that and all of it Pillow would warn, in every worker, for every picture.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-warnings.filterwarnings("ignore", message="Palette images with Transparency")
 
 
 def to_picture(content: Content, mode: str) -> Image.Image:
@@ -29,7 +29,8 @@ def to_picture(content: Content, mode: str) -> Image.Image:
         return _eight_bits(Image.fromarray(content.squeeze())).convert(mode)
     with Image.open(io.BytesIO(content)) as image:
         image.load()
-        return ImageOps.exif_transpose(_eight_bits(image)).convert(mode)
+        shown = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else _eight_bits(image)
+        return ImageOps.exif_transpose(shown).convert(mode)
 
 
 def to_pixels(content: Content, channels: int) -> torch.Tensor:
@@ -40,9 +41,17 @@ def to_pixels(content: Content, channels: int) -> torch.Tensor:
     if isinstance(content, np.ndarray) and not (content.dtype == np.uint8 and content.squeeze().ndim == 2):
         return _from_array(content, channels)
     if channels == 3 and isinstance(content, bytes) and _is_plain_jpeg(content) and fast_jpeg() is not None:
-        return fast_jpeg()(content, mode="RGB").permute(1, 2, 0)  # as contiguous as it comes
+        with contextlib.suppress(RuntimeError):  # what is damaged, Pillow judges
+            return fast_jpeg()(content, mode="RGB").permute(1, 2, 0)  # as contiguous as it comes
     pixels = torch.from_numpy(np.array(to_picture(content, MODES[channels])))
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def reason(error: Exception) -> str:
+    """What is wrong with a picture, in words that are the same every time."""
+    if isinstance(error, UnidentifiedImageError):
+        return "in no format that Pillow knows"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @cache
