@@ -10,7 +10,7 @@ import io
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ Crop = Callable[[bytes], np.ndarray]  # an encoded picture -> its crop (h, w, 3)
 def main(argv: list[str]) -> None:
     """Measure, print a table, and write it to --json."""
     parser = argparse.ArgumentParser(prog="benchmark.py data", description=__doc__.splitlines()[0])
-    parser.add_argument("--pictures", type=int, default=24, help="JPEGs that one round goes through")
+    parser.add_argument("--pictures", type=int, default=28, help="JPEGs that one round goes through")
     parser.add_argument("--rounds", type=int, default=15, help="rounds, in each of which every contender runs once")
     parser.add_argument("--compared", type=int, default=200, help="crops whose pixels are compared")
     parser.add_argument("--json", help="file for the numbers")
@@ -41,7 +41,9 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), arguments.pictures, arguments.rounds, arguments.compared)
+        size = mean(path.stat().st_size for path in Path(folder).glob("*.jpg")) / 1024
     environment = report.environment(("torch", "torchvision", "pillow", "torchcodec", "simplejpeg", "timm"))
+    environment["pictures"] = f"{arguments.pictures} JPEGs, 500 x 375, quality 90, {size:.0f} KiB on average"
     print("  ".join(f"{name} {value}" for name, value in environment.items()))
     print(report.table([{name: _text(value) for name, value in row.items()} for row in rows]))
     if arguments.json:

@@ -7,14 +7,24 @@ from pathlib import Path
 
 from PIL import Image
 
-_PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")  # in the package; others would be downloaded
+# In the package; others would be downloaded.
+_PHOTOGRAPHS = (
+    "astronaut",
+    "chelsea",
+    "coffee",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "rocket",
+    "stereo_motorcycle",
+)
 
 
 def write_jpegs(folder: Path, count: int, size: tuple[int, int] = (500, 375), quality: int = 90) -> list[Path]:
     """`count` JPEGs of `size` = (width, height): random parts of the photographs, some of them mirrored."""
     import skimage.data
 
-    photographs = [Image.fromarray(getattr(skimage.data, name)()) for name in _PHOTOGRAPHS]
+    arrays = [getattr(skimage.data, name)() for name in _PHOTOGRAPHS]
+    photographs = [Image.fromarray(array[0] if isinstance(array, tuple) else array) for array in arrays]
     draw = random.Random(0)
     paths = []
     for number in range(count):

@@ -35,10 +35,12 @@ def main(sources: str, output: Path) -> None:
     flags_by_name = json.loads(Path(sources).read_text())
     for name, flags in flags_by_name.items():
         seen.clear()
-        main_pretrain.main([*flags, "--output_dir", str(output / name)])
+        main_pretrain.main([*flags, "--output_dir", str(output / "runs" / name)])
         (output / f"{name}-{dist.rank()}.json").write_text(json.dumps(seen))
     try:
-        main_pretrain.main([*flags_by_name["few_bad"], "--max_bad_images", "0.05", "--output_dir", str(output / "bad")])
+        main_pretrain.main(
+            [*flags_by_name["few_bad"], "--max_bad_images", "0.05", "--output_dir", str(output / "runs" / "bad")]
+        )
     except SystemExit as error:
         (output / f"stopped-{dist.rank()}.json").write_text(json.dumps(error.code))
     finish()

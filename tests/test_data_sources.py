@@ -40,7 +40,7 @@ def test_two_processes_see_every_picture_once(trained, name):
     seen = [json.loads((trained / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
     assert len(set(seen[0] + seen[1])) == len(seen[0] + seen[1]) == COUNTS.get(name, 12)
     assert abs(len(seen[0]) - len(seen[1])) <= 1
-    (line,) = log_lines(trained / name)
+    (line,) = log_lines(trained / "runs" / name)
     assert np.isfinite(line["train_loss"])
     assert line["train_bad_images"] == (name == "few_bad")
     assert 0 <= line["train_data_wait"] <= 1
@@ -52,7 +52,7 @@ def test_bad_pictures_are_named_once_over_all_processes_and_too_many_stop_them_a
     assert said.count("3.jpg: cannot be decoded") == 2
     assert said.count("error: 1 of 12 pictures cannot be decoded, more than --max_bad_images 0.05 allows") == 1
     assert [json.loads((trained / f"stopped-{rank}.json").read_text()) for rank in (0, 1)] == [2, 2]
-    assert not (trained / "bad" / "checkpoint-last.pth").exists()
+    assert not (trained / "runs" / "bad" / "checkpoint-last.pth").exists()
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +160,7 @@ def test_a_missing_part_of_a_library_s_data_set_is_said(tmp_path, monkeypatch):
         ("hfds", None, "name the folder with --data_path"),
         ("hfids/imagenet-1k", None, "a stream cannot be resumed exactly"),
         ("wds", tmp_path, "no shards of the split train"),
+        ("wds/*.tar", tmp_path, "this shard is missing"),
         ("wdz", tmp_path, "did you mean 'wds'"),
     ]
     for name, place, message in cases:

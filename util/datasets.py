@@ -118,7 +118,8 @@ def open_unlabelled(name: str, data_path: str | None, in_chans: int, loader: str
         name: of the data set: folder, digits, wds, hfds, torch/NAME; see docs/DATA.md.
         data_path: where it is.
         in_chans: channels of the pictures.
-        loader: `package.module:function`, path -> array (H, W, C), for all files of a folder.
+        loader: `package.module:function`, path -> array (H, W, C), for all files below a folder, or those with the
+            endings in the function's attribute `extensions`.
 
     Raises:
         ValueError: unknown data set, nothing at `data_path`, or no picture in it.
@@ -145,9 +146,10 @@ def open_labelled(name: str, data_path: str | None, split: str, in_chans: int) -
         ValueError: unknown data set, nothing at `data_path`, or a picture without a class.
     """
     check(name, in_chans, None)
+    if name.startswith("wds/"):
+        raise ValueError(f"--dataset {name}: a pattern is for pre-training; name the shards train-*.tar and val-*.tar")
     if name != "folder":
-        images = _open(name, data_path, split, in_chans)
-        return _with_classes(images)
+        return _with_classes(_open(name, data_path, split, in_chans))
     root = _folder(data_path) / split
     try:
         folder = ImageFolder(str(root))
@@ -202,12 +204,13 @@ def _with_classes(images: ImageSet) -> ImageSet:
 
 
 def _with_loader(root: Path, loader: str, in_chans: int) -> ImageSet:
-    paths = sorted(str(path) for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    function = sources.import_loader(loader)
+    endings = tuple(getattr(function, "extensions", ("",)))
+    files = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    paths = sorted(str(path) for path in files if path.name.lower().endswith(endings))
     if not paths:
-        raise ValueError(f"--data_path {root}: no file below it")
-    images = ImageSet(
-        sources.Files(paths, sources.import_loader(loader)), np.zeros(len(paths), dtype=np.int64), (), in_chans
-    )
+        raise ValueError(f"--data_path {root}: no file {' or '.join(endings)} below it for --loader {loader}")
+    images = ImageSet(sources.Files(paths, function), np.zeros(len(paths), dtype=np.int64), (), in_chans)
     try:
         images.pixels(0)
     except OSError as error:

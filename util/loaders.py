@@ -21,3 +21,7 @@ def tiff(path: str) -> np.ndarray:
         pixels = series.asarray()
         axes = series.axes.replace("Q", "S").replace("C", "S").replace("I", "S")
     return np.moveaxis(pixels, 0, -1) if pixels.ndim == 3 and axes[0] == "S" else pixels
+
+
+npy.extensions = (".npy",)
+tiff.extensions = (".tif", ".tiff")
