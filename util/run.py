@@ -155,7 +155,7 @@ class Run:
         """Training batches of `images`, step by step."""
         settings = self.settings
         return StepLoader(
-            SeededImages(images, transform, settings.seed),
+            SeededImages(images, transform, settings.seed, settings.max_bad_images),
             step_plan(settings, len(images), multiple),
             seed=settings.seed,
             num_workers=settings.num_workers,
@@ -168,7 +168,15 @@ class Run:
         """The epoch loop over `loader` with this run's schedule, seed and log."""
         settings = self.settings
         return EpochLoop(
-            loader, optimizer, self.learning_rate, self.device, settings.seed, self.log, settings.print_freq, shown
+            loader,
+            optimizer,
+            self.learning_rate,
+            self.device,
+            settings.seed,
+            self.log,
+            settings.print_freq,
+            shown,
+            loader.dataset.bad,
         )
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
