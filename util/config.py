@@ -136,6 +136,9 @@ class PretrainSettings(Settings):
     norm_pix_loss: bool = option(False, "predict patches normalised by their own mean and deviation")
     crop_scale: list[float] = option([0.2, 1.0], "range of the random crop's area over the image's")
     finetune: str | None = option(None, "checkpoint whose weights to start from, with a new optimizer and schedule")
+    # What only shows it
+    eval_every: int | None = option(None, "epochs between two looks at k-NN accuracy, effective rank and salience")
+    vis_every: int | None = option(None, "epochs between two pictures of masks and reconstructions, for TensorBoard")
 
     def check(self) -> None:
         """As `Settings.check`, and what only pre-training has."""
@@ -143,6 +146,7 @@ class PretrainSettings(Settings):
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded")
         self._check_minimum(0, "masking_warmup_epochs")
+        self._check_minimum(1, "eval_every", "vis_every")
         check_crop_scale(self.crop_scale)
 
 
