@@ -70,7 +70,7 @@ def columns(
     mask = masks[rebuilt]
     pred = model.forward_decoder(model.encode(tokens, mask), mask).float()
     rebuilt_pixels = reconstruct(model, pred, normalized, normalize).cpu()
-    how = "\npatch mean, std of the image" if model.norm_pix_loss else ""
+    how = "\n(mean, std: image's)" if model.norm_pix_loss else ""
     found.append(visualize.Column(f"rebuilt: {rebuilt}{how}", rebuilt_pixels))
     pasted = visualize.paste(images, rebuilt_pixels, mask.mask.cpu(), grid)
     return [*found, visualize.Column("rebuilt + visible", pasted)]

@@ -49,12 +49,13 @@ def draw(columns: list[Column], *, map_label: str = "salience", cell: float = 1.
     rows = len(columns[0].pictures)
     height, width = columns[0].pictures.shape[-2:]
     lines = max(column.title.count("\n") for column in columns) + 1
-    size = (cell * len(columns) + 0.9, (cell * height / width + 0.24) * rows + 0.2 * lines + 0.1)
+    captions = 0.2 if any(column.captions for column in columns) else 0.05
+    size = (cell * len(columns) + 0.9, (0.94 * cell * height / width + captions) * rows + 0.17 * lines + 0.1)
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(rows, len(columns), squeeze=False)
     shown = None
     for place, column in enumerate(columns):
-        axes[0, place].set_title(column.title, fontsize=9)
+        axes[0, place].set_title(column.title, fontsize=8)
         for row in range(rows):
             axis = axes[row, place]
             axis.set_xticks([])
