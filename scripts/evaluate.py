@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_model(given: argparse.Namespace) -> inspection.Opened:
     """The checkpoint, or an untrained `--model`."""
-    names = ("model", "dataset", "data_path", "input_size", "in_chans")
+    names = ("model", "dataset", "data_path", "input_size", "in_chans", "seed")
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if given.checkpoint:
@@ -71,6 +71,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_path", help="folder with train/<class>/ and val/<class>/; default: the checkpoint's")
     parser.add_argument("--input_size", type=int, nargs="+", help="for an untrained model: side, or height and width")
     parser.add_argument("--in_chans", type=int, help="for an untrained model: channels")
+    parser.add_argument("--seed", type=int, help="for an untrained model: of its weights")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
     return parser
