@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import inspection
+import main_pretrain
 from util import checkpoint, convert
 from util.config import PretrainSettings
 
@@ -62,6 +63,7 @@ def read(path: str | Path, source: str | None = None, model: str | None = None) 
         content = checkpoint.load(path)
         state = checkpoint.model_state(content, path)
     settings = inspection.settings_of(content, inspection.encoder_names(state), path, changes)
+    _check_names(path, settings, state)
     _check_heads(path, settings, content)
     side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
     classes = tuple(content.get("classes", ()))
@@ -103,7 +105,7 @@ def write(found: Exportable, target: str | None, path: Path) -> None:
 def hugging_face_config(found: Exportable) -> dict[str, Any]:
     """`config.json` of `ViTMAEForPreTraining` or `ViTForImageClassification`. ValueError: they have no such model."""
     with torch.device("meta"):
-        model = inspection.main_pretrain.build_model(found.settings)
+        model = main_pretrain.build_model(found.settings)
     (height, width), (patch, other) = model.patch_embed.img_size, model.patch_embed.patch_size
     if height != width or patch != other:
         raise ValueError(f"--to hf: images of {height} x {width} in patches of {patch} x {other}; there both are square")
@@ -145,7 +147,7 @@ def _write_hugging_face(found: Exportable, folder: Path) -> None:
         )
     config = hugging_face_config(found)
     state = convert.to_hugging_face(convert.fold_probe_head(found.state))
-    mean, std = inspection.main_pretrain.channel_statistics(found.settings)
+    mean, std = main_pretrain.channel_statistics(found.settings)
     side = config["image_size"]
     processor = {
         "image_processor_type": "ViTImageProcessor",
@@ -197,12 +199,25 @@ def _read_safetensors(path: Path) -> tuple[convert.State, dict[str, Any]]:
     return state, {name: json.loads(metadata[name]) for name in ("args", "grid", "classes") if name in metadata}
 
 
+def _check_names(path: Path, settings: PretrainSettings, state: convert.State) -> None:
+    """ValueError unless `state` is a whole autoencoder, encoder or classifier of the architecture."""
+    with torch.device("meta"):
+        wanted = main_pretrain.build_model(settings).state_dict()
+    if "decoder_pred.weight" not in state:
+        wanted = {name: value for name, value in wanted.items() if not name.startswith(("decoder", "mask_token"))}
+    if "fc_norm.weight" in state:  # a classifier of the mean of the patch tokens has this norm instead
+        wanted = {name: value for name, value in wanted.items() if not name.startswith("norm.")}
+    difference = checkpoint.describe_difference(wanted, inspection.encoder_names(state))
+    if difference:
+        raise ValueError(f"{path}: not the architecture {settings.model}, name it with --model: {difference}")
+
+
 def _check_heads(path: Path, settings: PretrainSettings, content: dict[str, Any]) -> None:
     """The number of heads is in no tensor: another number would load, and compute something else."""
     if "heads" not in content:
         return
     with torch.device("meta"):
-        model = inspection.main_pretrain.build_model(settings)
+        model = main_pretrain.build_model(settings)
     ours = {"heads": model.blocks[0].attn.num_heads, "decoder_heads": model.decoder_blocks[0].attn.num_heads}
     for name, number in ours.items():
         if content.get(name, number) != number:

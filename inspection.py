@@ -13,7 +13,7 @@ import main_pretrain
 import masking
 import models_mae
 import monitor
-from util import checkpoint, features, probes, transforms
+from util import checkpoint, datasets, features, probes, transforms
 from util.config import PretrainSettings
 
 METRICS = ("knn", "rank_me", "salience", "linear", "attentive")
@@ -135,6 +135,17 @@ def guess_model(state: dict[str, torch.Tensor], path: str | Path) -> str:
         if (model.pos_embed.shape[-1], len(model.blocks)) == (width, depth):
             return name
     raise ValueError(f"{path}: no architecture here has width {width} and {depth} blocks; name one with --model")
+
+
+def image_features(opened: Opened, pictures: list[str | Path], pool: str = "mean") -> torch.Tensor:
+    """Features of picture files, whole and unmasked: (n, embed_dim), or (n, L, embed_dim) with pool "tokens".
+
+    Each is resized and centre-cropped to the model's size. OSError names a file that cannot be decoded.
+    """
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[opened.settings.in_chans]
+    images = datasets.ImageSet([str(path) for path in pictures], [0] * len(pictures), (), mode)
+    transform = transforms.evaluation_transform(opened.size, 1.0)
+    return features.extract_features(opened.model, datasets.SeededImages(images, transform), opened.normalize, pool=pool)[0]
 
 
 def measure(

@@ -16,6 +16,7 @@ LAYERS = [
     {"monitor"},
     {"main_pretrain", "main_finetune", "main_linprobe", "submitit_launch"},
     {"inspection"},
+    {"exporting"},
 ]
 
 
