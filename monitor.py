@@ -26,7 +26,7 @@ RATIO_BINS = 20  # of the histogram of mask ratios, over 0..1
 
 def ratio_histogram(ratios: torch.Tensor) -> list[int]:
     """How many mask ratios (N,) fall into each of the 20 bins [0, 0.05), ... [0.95, 1]."""
-    return torch.histc(ratios.float().cpu() + 1e-6, RATIO_BINS, 0, 1).int().tolist()
+    return torch.histc((ratios.float().cpu() + 1e-6).clamp(max=1), RATIO_BINS, 0, 1).int().tolist()
 
 
 @dataclass
@@ -55,9 +55,9 @@ def open_sets(settings: PretrainSettings, size: tuple[int, int], train_images: i
     try:
         train = datasets.open_labelled(name, path, "train", channels)
         val = datasets.open_labelled(name, path, "val", channels)
-    except ValueError:
+        val = val if val.classes == train.classes else val.relabelled(train.classes)
+    except ValueError:  # no class folders, or others in val/ than in train/
         return ImageSets(None, subset(datasets.open_unlabelled(name, path, channels), val_images))
-    val = val if val.classes == train.classes else val.relabelled(train.classes)
     return ImageSets(subset(train, train_images), subset(val, val_images))
 
 

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(shlex.join(["python", step.script, *step.argv]))
         return
     if given.only:
-        runs = [run for run in runs if run.folder.name == given.only]
+        runs = [run for run in runs if run.folder.name == given.only and run.left()]
         sys.exit(1 if run_locally(runs, given) else 0)
     failures = 0
     if not given.gather:
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_locally(runs: list[sweep.SweepRun], given: argparse.Namespace) -> int:
     """`--parallel` processes, each of which does one run after the other. Returns how many runs failed."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     failures = 0
     with concurrent.futures.ProcessPoolExecutor(given.parallel, mp_context=context) as pool:
         jobs = {pool.submit(Job(run, given.ngpus)): run for run in runs}
