@@ -47,5 +47,4 @@ for strategy in $strategies; do
   step "$strategy: fine-tuning" "$run/finetune.log" python main_finetune.py --config configs/finetune/digits.yaml \
     --finetune "$run/pretrain/checkpoint-last.pth" --output_dir "$run/finetune"
 done
-echo "more numbers of a checkpoint: scripts/evaluate.py; pictures: scripts/visualize.py; a study: configs/sweeps/"
 python scripts/demo_report.py "$out" $strategies
