@@ -108,7 +108,9 @@ def hugging_face_config(found: Exportable) -> dict[str, Any]:
         model = main_pretrain.build_model(found.settings)
     (height, width), (patch, other) = model.patch_embed.img_size, model.patch_embed.patch_size
     if height != width or patch != other:
-        raise ValueError(f"--to hf: images of {height} x {width} in patches of {patch} x {other}; there both are square")
+        raise ValueError(
+            f"--to hf: images of {height} x {width} in patches of {patch} x {other}; there both are square"
+        )
     config = {
         "hidden_size": model.cls_token.shape[-1],
         "num_hidden_layers": len(model.blocks),

@@ -105,7 +105,7 @@ def encoder_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def settings_of(content: dict, state: dict, path: str | Path, changes: dict) -> PretrainSettings:
-    """Settings of a checkpoint: its own, what the shapes of its tensors say, and `changes`, the later over the former."""
+    """A checkpoint's own settings, over them what the shapes of its tensors say, over all `changes`."""
     known = {field.name for field in dataclasses.fields(PretrainSettings)}
     args = {name: value for name, value in checkpoint.arguments(content).items() if name in known and value is not None}
     if isinstance(args.get("input_size"), int):  # as in MAE's own checkpoints
@@ -145,7 +145,9 @@ def image_features(opened: Opened, pictures: list[str | Path], pool: str = "mean
     mode = {1: "L", 3: "RGB", 4: "RGBA"}[opened.settings.in_chans]
     images = datasets.ImageSet([str(path) for path in pictures], [0] * len(pictures), (), mode)
     transform = transforms.evaluation_transform(opened.size, 1.0)
-    return features.extract_features(opened.model, datasets.SeededImages(images, transform), opened.normalize, pool=pool)[0]
+    return features.extract_features(
+        opened.model, datasets.SeededImages(images, transform), opened.normalize, pool=pool
+    )[0]
 
 
 def measure(
@@ -175,7 +177,9 @@ def measure(
     sets = monitor.open_sets(opened.settings, opened.size, train_images or unlimited, val_images or unlimited)
     labelled = [name for name in metrics if name in ("knn", "linear", "attentive")]
     if labelled and sets.train is None:
-        raise ValueError(f"--metrics {' '.join(labelled)}: need labels, --data_path with train/<class>/ and val/<class>/")
+        raise ValueError(
+            f"--metrics {' '.join(labelled)}: need labels, --data_path with train/<class>/ and val/<class>/"
+        )
     if "attentive" in metrics:
         _check_cache(opened, len(sets.train) + len(sets.val))
     device = opened.normalize.shift.device

@@ -13,7 +13,7 @@ from util.config import PretrainSettings
 
 
 def standard_strategies(settings: PretrainSettings, own: masking.base.Strategy, num_patches: int) -> dict:
-    """The three strategies at the run's mask ratio, of which `own` replaces its namesake; one of the user's is added."""
+    """The three strategies at the run's mask ratio; `own` replaces its namesake, or is added as "own"."""
     ratio = settings.mask_ratio
     # All of AMR's ratios must leave at least one token and remove one.
     width = max(0.0, round(min(0.15, ratio - 1 / num_patches, 0.99 - ratio), 6))

@@ -63,7 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--metrics", nargs="+", choices=inspection.METRICS, default=list(inspection.METRICS[:-1]))
     parser.add_argument("--output", help="JSON file for the numbers")
     parser.add_argument("--neighbours", type=int, default=10, help="k of k-NN")
-    parser.add_argument("--pool", choices=["mean", "cls"], default="mean", help="features: mean of patch tokens, or cls")
+    parser.add_argument(
+        "--pool", choices=["mean", "cls"], default="mean", help="features: mean of patch tokens, or cls"
+    )
     parser.add_argument("--train_images", type=int, help="at most so many, evenly spread; default: all")
     parser.add_argument("--val_images", type=int, help="at most so many, evenly spread; default: all")
     parser.add_argument("--model", help="architecture; without a checkpoint: untrained")

@@ -20,10 +20,11 @@ import sys
 import traceback
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util import cli, sweep, tables
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Job:

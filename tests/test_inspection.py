@@ -43,7 +43,9 @@ def test_a_checkpoint_of_pretraining_tells_everything(tmp_path):
 
 def test_a_published_layout_with_a_namespace_and_bare_weights(tmp_path):
     state = main_pretrain.build_model(PretrainSettings(model="mae_vit_mini_patch4")).state_dict()
-    args = argparse.Namespace(model="mae_vit_mini_patch4", input_size=16, norm_pix_loss=True, lr=None, dist_url="env://")
+    args = argparse.Namespace(
+        model="mae_vit_mini_patch4", input_size=16, norm_pix_loss=True, lr=None, dist_url="env://"
+    )
     torch.save({"model": state, "args": args}, tmp_path / "published.pth")
     assert inspection.open_checkpoint(tmp_path / "published.pth").model.norm_pix_loss
     torch.save(state, tmp_path / "bare.pth")

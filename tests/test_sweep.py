@@ -52,9 +52,9 @@ def test_the_grid(tmp_path):
         "masking=sbam_amr-seed=1",
     ]
     pretrain, evaluate = runs[1].steps
-    assert shlex.join(pretrain.argv).endswith(
-        f"--masking sbam_amr --seed 0 --masking_args delta_r=0.05 --output_dir {tmp_path}/o/masking=sbam_amr-seed=0/pretrain"
-    )
+    folder = tmp_path / "o" / "masking=sbam_amr-seed=0" / "pretrain"
+    own = f"--masking sbam_amr --seed 0 --masking_args delta_r=0.05 --output_dir {folder}"
+    assert shlex.join(pretrain.argv).endswith(own)
     assert evaluate.argv[0].endswith("pretrain/checkpoint-last.pth")
     assert "--masking_args" not in runs[0].steps[0].argv
 

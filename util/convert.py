@@ -66,7 +66,7 @@ def to_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def from_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
-    """The inverse of `to_hugging_face`, for files of old and new versions of transformers. ValueError: other tensors."""
+    """The inverse of `to_hugging_face`, for files of old and new versions of transformers. ValueError: other names."""
     state = {_published_name(name): tensor for name, tensor in state.items()}
     outside, inside = ({theirs: ours for ours, theirs in names.items()} for names in (_OUTSIDE_BLOCKS, _IN_BLOCK))
     blocks = {theirs: ours for ours, theirs in _BLOCKS.items()}
@@ -89,7 +89,7 @@ def from_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def encoder_or_classifier(state: Mapping[str, torch.Tensor]) -> State:
-    """Without the decoder, and with the head of linear probing, a BatchNorm and a linear layer, made one: timm's ViT."""
+    """What timm's ViT has: without the decoder, and with the two layers of a probe's head made one."""
     state = {name: value for name, value in state.items() if not name.startswith(("decoder", "mask_token"))}
     return fold_probe_head(state)
 
