@@ -117,6 +117,7 @@ def test_a_sweep_runs_gathers_and_skips_what_is_done(tmp_path, capsys):
     (row,) = tables.read_csv(output / "results.csv")
     assert row["lr"] == 1e-3
     assert 0 < row["knn"] <= 100
+    assert 0.6 < row["train_mask_ratio"] < 0.9
     assert (output / "results.md").read_text() in result.stdout
     main = script()
     main([str(path), "--output", str(output), "--dry_run"])

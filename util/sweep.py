@@ -93,9 +93,15 @@ class SweepRun:
         for step, label in zip(self.steps, self.labels, strict=True):
             if label is None or not step.is_done():
                 continue
-            row = rows.setdefault(label, {**self.point, "checkpoint": label})
+            row = rows.setdefault(label, {**self.point, "checkpoint": label} | self._training(label))
             row |= _numbers(step)
         return list(rows.values())
+
+    def _training(self, label: str) -> dict[str, float]:
+        """Loss and mean mask ratio of the epoch that a checkpoint was written after."""
+        lines = _lines(self.steps[0].folder)
+        line = lines[-1] if label == "last" else next(x for x in lines if x["epoch"] == int(label))
+        return {name: line[name] for name in ("train_loss", "train_mask_ratio")}
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -205,11 +211,16 @@ def _check_key(path: str | Path, key: str, known) -> None:
         raise ValueError(f"{path}: {str(error).removeprefix('--key ')}") from error
 
 
-def _last_line(folder: Path) -> dict[str, Any] | None:
+def _lines(folder: Path) -> list[dict[str, Any]]:
+    """The epochs in log.txt; none if there is no such file, or it was cut off."""
     try:
-        return json.loads((folder / "log.txt").read_text().splitlines()[-1])
-    except (OSError, IndexError, ValueError):
-        return None
+        return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    except (OSError, ValueError):
+        return []
+
+
+def _last_line(folder: Path) -> dict[str, Any] | None:
+    return (_lines(folder) or [None])[-1]
 
 
 def _numbers(step: Step) -> dict[str, Any]:
