@@ -201,7 +201,7 @@ def measure(
         tokens = extract(sets.train, "tokens"), extract(sets.val, "tokens")
         result["attentive"] = probes.attentive_probe(*tokens, device=device)
     if "salience" in metrics:
-        found = monitor.salience_of_set(opened.model, sets.val, opened.normalize, opened.strategy)
+        found = monitor.salience_of_set(opened.model, sets.val, opened.normalize, opened.strategy, num_workers)
         result |= {name: values.mean().item() for name, values in found.items()}
         result["mask_ratio_histogram"] = monitor.ratio_histogram(found["mask_ratio"])
     return result

@@ -101,7 +101,7 @@ class Monitor:
         values = {"rank_me": features.rank_me(val[0])}
         if self._sets.train is not None:
             values["knn"] = features.knn_accuracy(self._features(model, self._sets.train), val)
-        found = salience_of_set(model, self._sets.val, self.normalize, self.strategy)
+        found = salience_of_set(model, self._sets.val, self.normalize, self.strategy, self.settings.num_workers)
         values |= {name: ratios.mean().item() for name, ratios in found.items()}
         self.log.scalars({f"monitor/{name}": value for name, value in values.items()}, step)
         self.log.histogram("monitor/mask_ratio", found["mask_ratio"], step)
@@ -122,12 +122,15 @@ class Monitor:
 
 
 def salience_of_set(
-    model: nn.Module, images: datasets.SeededImages, normalize: transforms.Normalize, strategy: masking.base.Strategy
+    model: nn.Module,
+    images: datasets.SeededImages,
+    normalize: transforms.Normalize,
+    strategy: masking.base.Strategy,
+    num_workers: int = 0,
 ) -> dict[str, torch.Tensor]:
     """`views.salience_statistics` of all images of a set, (n,) each, on the CPU."""
     found: dict[str, list[torch.Tensor]] = {}
-    for start in range(0, len(images), 256):
-        pixels = torch.stack([images[0, index][0] for index in range(start, min(start + 256, len(images)))])
+    for pixels, _ in features.in_order(images, num_workers=num_workers):
         batch = views.salience_statistics(model, normalize(pixels.to(normalize.shift.device)), strategy)
         for name, values in batch.items():
             found.setdefault(name, []).append(values.cpu())

@@ -23,6 +23,12 @@ class _InOrder(Dataset):
         return self.dataset[0, index]
 
 
+def in_order(dataset: Dataset, batch_size: int = 256, num_workers: int = 0) -> DataLoader:
+    """Batches of `dataset[0, index]`, all indices in order. Draws no random number."""
+    own = torch.Generator()  # the loader would draw its workers' seed from the global one
+    return DataLoader(_InOrder(dataset), batch_size=batch_size, num_workers=num_workers, generator=own)
+
+
 @torch.no_grad()
 def encode_images(model: nn.Module, images: torch.Tensor, pool: str = "mean") -> torch.Tensor:
     """Features of whole, unmasked images.
@@ -67,10 +73,8 @@ def extract_features(
     """
     model.eval()
     device = next(model.parameters()).device
-    own = torch.Generator()  # the loader would draw its workers' seed from the global one
-    loader = DataLoader(_InOrder(dataset), batch_size=batch_size, num_workers=num_workers, generator=own)
     features, labels = [], []
-    for images, targets in loader:
+    for images, targets in in_order(dataset, batch_size, num_workers):
         features.append(encode_images(model, normalize(images.to(device)), pool).cpu())
         labels.append(targets)
     return torch.cat(features), torch.cat(labels)
