@@ -43,7 +43,7 @@ def test_monitors_change_nothing_and_report(tmp_path):
 
 
 def test_monitors_on_two_processes(tmp_path):
-    more = ["--epochs", 2, "--warmup_epochs", 0, "--batch_size", 24, "--effective_batch_size", 48]
+    more = ["--epochs", 2, "--warmup_epochs", 0, "--batch_size", 128, "--effective_batch_size", 256]
     flags = [*DIGITS, *more, "--eval_every", 1, "--vis_every", 1, "--output_dir", tmp_path, "--dist_timeout", 120]
     result = run_main("main_pretrain.py", *flags, processes=2)
     assert result.returncode == 0, result.stderr

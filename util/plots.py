@@ -15,7 +15,7 @@ from util.tables import Row, Summary, group
 MARKERS = "osD^vP*X"
 METRIC_NAMES = {
     "knn": "k-NN accuracy (%)",
-    "linear": "linear accuracy, cached features (%)",
+    "linear": "quick linear accuracy (%)",
     "attentive": "attentive accuracy (%)",
     "linprobe_acc1": "linear accuracy (%)",
     "finetune_acc1": "fine-tuned accuracy (%)",
