@@ -10,6 +10,7 @@ import torch
 import engine_pretrain
 import masking
 import models_mae
+import monitor
 from util import checkpoint, cli, datasets, dist, optim, precision, run, transforms
 from util.config import PretrainSettings
 from util.step import GradientStep
@@ -60,11 +61,17 @@ def main(argv: list[str] | None = None) -> None:
         pixels, flips = (tensor.to(job.device, non_blocking=True) for tensor in batch[0])  # (N, H, W, C) and (N,)
         return (normalize(pixels.permute(0, 3, 1, 2).contiguous(), flips),)
 
+    watcher = None
+    if dist.is_main() and (settings.eval_every or settings.vis_every):
+        watcher = monitor.Monitor(settings, inputs.strategy, normalize, size, job.log)
     for epoch in job.epochs():
         warming_up = epoch < settings.masking_warmup_epochs
         bare.set_masking(masking.create("random", mask_ratio=settings.mask_ratio) if warming_up else inputs.strategy)
         stats = engine_pretrain.train_one_epoch(model, loop, update, epoch, prepare=prepare, amp=job.amp)
-        job.log.epoch({f"train_{name}": value for name, value in stats.items()} | {"epoch": epoch})
+        line = {f"train_{name}": value for name, value in stats.items()}
+        if watcher is not None:
+            line |= watcher.look(bare, epoch, (epoch + 1) * len(loader))
+        job.log.epoch(line | {"epoch": epoch})
         job.save(model, optimizer, scaler, epoch, len(loader))
     if settings.epochs == 0 and job.start_epoch == 0:
         job.save(model, optimizer, scaler, -1, len(loader))  # the untrained model, to compare with

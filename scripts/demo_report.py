@@ -13,12 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import masking
-import models_mae
-from util import checkpoint, datasets, features, transforms, visualize
-
-SIZE = (16, 16)
-STATISTICS = transforms.channel_statistics(1, None, None)
+import inspection
+import monitor
+import views
+from util import checkpoint, visualize
 
 
 def main(output: Path, strategies: list[str]) -> int:
@@ -37,7 +35,7 @@ def main(output: Path, strategies: list[str]) -> int:
     print()
     for name in strategies:
         path = output / name / "masks.png"
-        draw(load(output / name / "pretrain"), path)
+        draw(output / name / "pretrain", path)
         print(f"picture: {path}")
     failed = [name for name in strategies if not helped(rows["untrained"], rows[name])]
     if failed:
@@ -54,21 +52,9 @@ def percent(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}%"
 
 
-def load(run: Path) -> models_mae.MaskedAutoencoderViT:
-    """The model of a pre-training run."""
-    content = checkpoint.load(run / checkpoint.LAST)
-    model = models_mae.create_model(checkpoint.arguments(content)["model"], in_chans=1, img_size=SIZE)
-    model.load_state_dict(content["model"])
-    return model.eval()
-
-
 def knn(run: Path) -> float:
     """k-NN accuracy of a run's encoder, mean of the patch tokens."""
-    model, transform = load(run), transforms.evaluation_transform(SIZE, 1.0)
-    sets = [datasets.SeededImages(datasets.open_labelled("digits", None, s, 1), transform) for s in ("train", "val")]
-    return features.knn_accuracy(
-        *(features.extract_features(model, s, transforms.Normalize(*STATISTICS)) for s in sets)
-    )
+    return inspection.measure(inspection.open_checkpoint(run / checkpoint.LAST), ("knn",))["knn"]
 
 
 def last_accuracy(run: Path) -> float:
@@ -76,33 +62,14 @@ def last_accuracy(run: Path) -> float:
     return json.loads((run / "log.txt").read_text().splitlines()[-1])["test_acc1"]
 
 
-@torch.no_grad()
-def draw(model: models_mae.MaskedAutoencoderViT, path: Path, num_images: int = 6) -> None:
+def draw(run: Path, path: Path, num_images: int = 6) -> None:
     """Images, salience, the three masks, and the reconstruction under AMR."""
-    data = datasets.SeededImages(
-        datasets.open_labelled("digits", None, "val", 1), transforms.evaluation_transform(SIZE, 1.0)
-    )
-    pixels = torch.stack([data[0, index][0] for index in range(num_images)])
-    normalized, images = transforms.Normalize(*STATISTICS)(pixels), pixels / 255
-    grid = model.patch_embed.grid_size
-    tokens = model.embed(normalized)
-    noise = torch.rand(tokens.shape[:2], generator=torch.Generator().manual_seed(0))
-    columns = [
-        visualize.Column("image", images),
-        visualize.Column("salience", masking.token_salience(tokens).view(-1, *grid)),
-    ]
-    for name in ("random", "sbam", "sbam_amr"):
-        mask = masking.create(name)(tokens, noise=noise)
-        ratios = mask.mask.float().mean(dim=1).tolist()
-        columns.append(
-            visualize.Column(name, visualize.hide(images, mask.mask, grid), tuple(f"{r:.0%} removed" for r in ratios))
-        )
-    latent = model.encode(tokens, mask)
-    pred = model.unpatchify(model.forward_decoder(latent, mask))
-    reconstruction = (pred * STATISTICS[1][0] + STATISTICS[0][0]).clamp(0, 1)
-    columns.append(visualize.Column("reconstruction", reconstruction))
-    columns.append(visualize.Column("pasted", visualize.paste(images, reconstruction, mask.mask, grid)))
-    visualize.draw(columns, path)
+    opened = inspection.open_checkpoint(run / checkpoint.LAST)
+    images = monitor.open_sets(opened.settings, opened.size, 1, num_images).val
+    pixels = torch.stack([images[0, index][0] for index in range(num_images)])
+    strategies = views.standard_strategies(opened.settings, opened.strategy, opened.model.num_patches)
+    columns = views.columns(opened.model, pixels, opened.normalize, strategies, rebuilt="sbam_amr")
+    visualize.save(visualize.draw(columns), path)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,11 @@ LAYERS = [
     {"masking"},
     {"models_mae", "models_vit"},
     {"engine_pretrain", "engine_finetune"},
-    {"supervised"},
+    {"supervised", "views"},
+    {"monitor"},
     {"main_pretrain", "main_finetune", "main_linprobe", "submitit_launch"},
+    {"inspection"},
+    {"exporting"},
 ]
 
 

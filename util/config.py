@@ -141,6 +141,9 @@ class PretrainSettings(Settings):
     exact_resize: bool = option(False, "crops bit for bit as torchvision makes them of PIL images; slower")
     loader: str | None = option(None, "package.module:function, path -> array (H, W, C), for any channels and depth")
     finetune: str | None = option(None, "checkpoint whose weights to start from, with a new optimizer and schedule")
+    # What only shows it
+    eval_every: int | None = option(None, "epochs between two looks at k-NN accuracy, effective rank and salience")
+    vis_every: int | None = option(None, "epochs between two pictures of masks and reconstructions, for TensorBoard")
 
     def check(self) -> None:
         """As `Settings.check`, and what only pre-training has."""
@@ -150,6 +153,7 @@ class PretrainSettings(Settings):
         self._check_minimum(0, "masking_warmup_epochs")
         if self.exact_resize and self.loader is not None:
             raise ValueError("--exact_resize: resizes with Pillow, which cannot take the arrays of --loader; drop one")
+        self._check_minimum(1, "eval_every", "vis_every")
         check_crop_scale(self.crop_scale)
 
 

@@ -1,4 +1,4 @@
-"""What an encoder knows: features of unmasked images, and k-NN accuracy on them."""
+"""What an encoder knows: features of unmasked images, k-NN accuracy on them, and their effective rank."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+
+POOLS = ("mean", "cls", "tokens")
 
 
 class _InOrder(Dataset):
@@ -21,6 +23,32 @@ class _InOrder(Dataset):
         return self.dataset[0, index]
 
 
+def in_order(dataset: Dataset, batch_size: int = 256, num_workers: int = 0) -> DataLoader:
+    """Batches of `dataset[0, index]`, all indices in order. Draws no random number."""
+    own = torch.Generator()  # the loader would draw its workers' seed from the global one
+    return DataLoader(_InOrder(dataset), batch_size=batch_size, num_workers=num_workers, generator=own)
+
+
+@torch.no_grad()
+def encode_images(model: nn.Module, images: torch.Tensor, pool: str = "mean") -> torch.Tensor:
+    """Features of whole, unmasked images.
+
+    Args:
+        model: `models_mae.MaskedAutoencoderViT`, as it is (`model.eval()` is the caller's).
+        images: (N, C, H, W), normalised, on the model's device.
+        pool: "mean" of the patch tokens, the "cls" token, or the patch "tokens" themselves; after the final norm.
+
+    Returns:
+        (N, embed_dim), or (N, L, embed_dim) for the tokens.
+    """
+    if pool not in POOLS:
+        raise ValueError(f"pool is {pool!r}; choose one of {', '.join(POOLS)}")
+    tokens = model.encode(model.embed(images), None)  # (N, L + 1, D)
+    if pool == "cls":
+        return tokens[:, 0]
+    return tokens[:, 1:].mean(dim=1) if pool == "mean" else tokens[:, 1:]
+
+
 @torch.no_grad()
 def extract_features(
     model: nn.Module,
@@ -31,26 +59,23 @@ def extract_features(
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of whole images from a masked autoencoder's encoder.
+    """Features of all images of a data set from a masked autoencoder's encoder. Draws no random number.
 
     Args:
         model: `models_mae.MaskedAutoencoderViT`; put into evaluation mode.
         dataset: answers `dataset[epoch, index]` with an image (C, H, W) and a class.
         normalize: images -> normalised images, on the model's device.
-        pool: "mean" of the patch tokens, or the "cls" token, both after the final norm.
+        pool: as for `encode_images`.
         batch_size, num_workers: of the loading.
 
     Returns:
-        features (n, embed_dim) and classes (n,), on the CPU.
+        features (n, embed_dim), or (n, L, embed_dim), and classes (n,), on the CPU.
     """
-    if pool not in ("mean", "cls"):
-        raise ValueError(f"pool is {pool!r}; choose 'mean' or 'cls'")
     model.eval()
     device = next(model.parameters()).device
     features, labels = [], []
-    for images, targets in DataLoader(_InOrder(dataset), batch_size=batch_size, num_workers=num_workers):
-        tokens = model.encode(model.embed(normalize(images.to(device))), None)  # (N, L + 1, D)
-        features.append((tokens[:, 1:].mean(dim=1) if pool == "mean" else tokens[:, 0]).cpu())
+    for images, targets in in_order(dataset, batch_size, num_workers):
+        features.append(encode_images(model, normalize(images.to(device)), pool).cpu())
         labels.append(targets)
     return torch.cat(features), torch.cat(labels)
 
@@ -62,8 +87,18 @@ def knn_accuracy(
 
     Args:
         train, val: features (n, D) and classes (n,).
-        neighbours: how many vote.
+        neighbours: how many vote; all of `train` where it has fewer.
     """
-    classifier = KNeighborsClassifier(neighbours, metric="cosine", weights="distance")
+    classifier = KNeighborsClassifier(min(neighbours, len(train[0])), metric="cosine", weights="distance")
     classifier.fit(train[0].numpy(), train[1].numpy())
     return 100 * classifier.score(val[0].numpy(), val[1].numpy())
+
+
+def rank_me(features: torch.Tensor, epsilon: float = 1e-7) -> float:
+    """Effective rank of features (n, D): between 1 (collapsed) and min(n, D). RankMe, Garrido et al., 2023, Eq. 1.
+
+    The exponential of the entropy of the singular values' shares, each share plus `epsilon`, as there.
+    """
+    singular = torch.linalg.svdvals(features.double())
+    share = singular / singular.sum().clamp_min(1e-300) + epsilon
+    return torch.exp(-(share * share.log()).sum()).item()

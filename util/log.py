@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from util import dist
@@ -128,6 +129,16 @@ class RunLog:
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
+
+    def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        """A histogram of `values` for TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_histogram(name, values, step)
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        """A picture for TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_figure(name, figure, step)
 
     def epoch(self, values: dict[str, Any]) -> None:
         """One line of `log.txt`."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,7 @@ class Column:
 
     Attributes:
         title: above the column.
-        pictures: (N, C, H, W) in 0..1, or maps (N, H, W) drawn in colours.
+        pictures: (N, C, H, W) in 0..1, or maps (N, H, W) in 0..1, drawn in colours.
         captions: one under each picture, or nothing.
     """
 
@@ -30,17 +28,14 @@ class Column:
 
 def hide(images: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int], grey: float = 0.5) -> torch.Tensor:
     """Images (N, C, H, W) with the removed patches of mask (N, L) painted grey."""
-    height, width = images.shape[2] // grid[0], images.shape[3] // grid[1]
-    pixels = mask.view(-1, 1, *grid).repeat_interleave(height, 2).repeat_interleave(width, 3)
-    return torch.where(pixels, torch.full_like(images, grey), images)
+    return torch.where(_pixel_mask(images, mask, grid), torch.full_like(images, grey), images)
 
 
 def paste(
     images: torch.Tensor, reconstruction: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int]
 ) -> torch.Tensor:
     """The reconstruction (N, C, H, W) where mask (N, L) removed patches, the images elsewhere."""
-    hidden = hide(torch.zeros_like(images), mask, grid, grey=1.0) > 0
-    return torch.where(hidden, reconstruction, images)
+    return torch.where(_pixel_mask(images, mask, grid), reconstruction, images)
 
 
 def denormalize_patches(pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
@@ -49,19 +44,18 @@ def denormalize_patches(pred: torch.Tensor, patches: torch.Tensor) -> torch.Tens
     return pred * (variance + 1e-6).sqrt() + mean
 
 
-def draw(columns: list[Column], path: Path, *, map_label: str = "salience", cell: float = 1.35) -> None:
-    """Write the columns side by side to `path` (PNG or PDF). Maps share the scale 0..1 and a colour bar."""
+def draw(columns: list[Column], *, map_label: str = "salience", cell: float = 1.5) -> Figure:
+    """The columns side by side. Maps share the scale 0..1 and one colour bar; `cell` is a picture's width in inches."""
     rows = len(columns[0].pictures)
-    figure, axes = plt.subplots(
-        rows,
-        len(columns),
-        figsize=(cell * len(columns) + 0.9, (cell + 0.22) * rows + 0.5),
-        squeeze=False,
-        layout="constrained",
-    )
+    height, width = columns[0].pictures.shape[-2:]
+    lines = max(column.title.count("\n") for column in columns) + 1
+    captions = 0.2 if any(column.captions for column in columns) else 0.05
+    size = (cell * len(columns) + 0.9, (0.94 * cell * height / width + captions) * rows + 0.17 * lines + 0.1)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
     shown = None
     for place, column in enumerate(columns):
-        axes[0, place].set_title(column.title, fontsize=9)
+        axes[0, place].set_title(column.title, fontsize=8)
         for row in range(rows):
             axis = axes[row, place]
             axis.set_xticks([])
@@ -74,8 +68,25 @@ def draw(columns: list[Column], path: Path, *, map_label: str = "salience", cell
                 axis.set_xlabel(column.captions[row], fontsize=7, labelpad=2)
     if shown is not None:
         figure.colorbar(shown, ax=axes, label=map_label, fraction=0.02, pad=0.01)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure to `path`; the suffix chooses the format (PNG, PDF)."""
     figure.savefig(path, dpi=150)
-    plt.close(figure)
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file, for notebooks."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
+
+
+def _pixel_mask(images: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(N, 1, H, W) bool from a mask (N, L)."""
+    height, width = images.shape[2] // grid[0], images.shape[3] // grid[1]
+    return mask.bool().view(-1, 1, *grid).repeat_interleave(height, 2).repeat_interleave(width, 3)
 
 
 def _pixels(picture: torch.Tensor) -> np.ndarray:

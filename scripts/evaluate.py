@@ -1,0 +1,83 @@
+#!/usr/bin/env python3
+"""Measure a checkpoint's encoder: k-NN, effective rank, salience, a linear and an attentive probe.
+
+scripts/evaluate.py output/run/checkpoint-last.pth --data_path /data/imagenet --train_images 100000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import inspection
+from util import cli
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, and write `--output`."""
+    given = make_parser().parse_args(argv)
+    with cli.exit_on_user_error():
+        opened = open_model(given)
+        start = time.perf_counter()
+        result = inspection.measure(
+            opened,
+            tuple(given.metrics),
+            neighbours=given.neighbours,
+            train_images=given.train_images,
+            val_images=given.val_images,
+            num_workers=given.num_workers,
+            pool=given.pool,
+        )
+    result = {"checkpoint": given.checkpoint or given.model} | result | {"seconds": time.perf_counter() - start}
+    for name, value in result.items():
+        print(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
+    if given.output:
+        path = Path(given.output)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def open_model(given: argparse.Namespace) -> inspection.Opened:
+    """The checkpoint, or an untrained `--model`."""
+    names = ("model", "dataset", "data_path", "input_size", "in_chans", "seed")
+    changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if given.checkpoint:
+        return inspection.open_checkpoint(given.checkpoint, device, **changes)
+    if not given.model:
+        raise ValueError("name a CHECKPOINT, or an untrained --model")
+    return inspection.untrained(changes.pop("model"), device, **changes)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", help="of pre-training, fine-tuning or probing, or published by MAE")
+    parser.add_argument("--metrics", nargs="+", choices=inspection.METRICS, default=list(inspection.METRICS[:-1]))
+    parser.add_argument("--output", help="JSON file for the numbers")
+    parser.add_argument("--neighbours", type=int, default=10, help="k of k-NN")
+    parser.add_argument(
+        "--pool", choices=["mean", "cls"], default="mean", help="features: mean of patch tokens, or cls"
+    )
+    parser.add_argument("--train_images", type=int, help="at most so many, evenly spread; default: all")
+    parser.add_argument("--val_images", type=int, help="at most so many, evenly spread; default: all")
+    parser.add_argument("--model", help="architecture; without a checkpoint: untrained")
+    parser.add_argument("--dataset", help="folder or digits; default: the checkpoint's")
+    parser.add_argument("--data_path", help="folder with train/<class>/ and val/<class>/; default: the checkpoint's")
+    parser.add_argument("--input_size", type=int, nargs="+", help="for an untrained model: side, or height and width")
+    parser.add_argument("--in_chans", type=int, help="for an untrained model: channels")
+    parser.add_argument("--seed", type=int, help="for an untrained model: of its weights")
+    parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
+    parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""PIMR and Global PIMR of methods from their accuracies at several mask ratios; util/pimr.py has the definition.
+
+scripts/pimr.py output/digits_ratios/results.csv --metric knn --plot pimr.png
+scripts/pimr.py accuracies.csv --metric accuracy --method masking       # any CSV with a row for each result
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util import cli, pimr, plots, tables, visualize
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the accuracies, average over seeds, print the table, draw."""
+    given = make_parser().parse_args(argv)
+    with cli.exit_on_user_error():
+        rows = tables.read_csv(given.table)
+        found = plots.curves(rows, given.ratio, given.metric, given.method)
+        accuracies = {c.name: {r: s.mean for r, s in zip(c.x, c.summaries, strict=True)} for c in found}
+        own, together = {name: pimr.pimr(a) for name, a in accuracies.items()}, pimr.global_pimr(accuracies)
+        print(f"{given.method:16}{given.ratio:>12}{given.metric:>16}{'PIMR':>8}{'Global PIMR':>13}")
+        for name, values in accuracies.items():
+            for ratio, accuracy in values.items():
+                print(f"{name:16}{ratio:>12}{accuracy:>16.2f}{own[name][ratio]:>8.3f}{together[name][ratio]:>13.3f}")
+            print(f"{name:16}{'mean':>12}{'':>16}{pimr.mean(own[name]):>8.3f}{pimr.mean(together[name]):>13.3f}")
+        if given.plot:
+            figure = plots.draw(rows, given.ratio, [given.metric], given.method, with_pimr=True)
+            visualize.save(figure, given.plot)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", help="CSV: results.csv of scripts/sweep.py, or any with the three columns below")
+    parser.add_argument("--metric", default="knn", help="column of accuracies, in percent")
+    parser.add_argument("--method", default="masking", help="column that names the method")
+    parser.add_argument("--ratio", default="mask_ratio", help="column of mask ratios")
+    parser.add_argument("--plot", type=Path, help="PNG or PDF: accuracies, PIMR, Global PIMR")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

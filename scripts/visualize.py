@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+"""Draw what a checkpoint sees: image, salience, masks of each strategy, reconstruction, and pasted with the visible.
+
+scripts/visualize.py output/run/checkpoint-last.pth picture.jpg folder/ --output masks.png
+scripts/visualize.py --model mae_vit_base_patch16 picture.jpg         # an untrained model
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+import inspection
+import masking
+import views
+from util import cli, datasets, transforms, visualize
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Open, draw, write."""
+    given = make_parser().parse_args(argv)
+    with cli.exit_on_user_error():
+        check_output(given.output)
+        opened, places = open_model(given)
+        images = open_images(given, opened, places)
+        strategies, rebuilt = choose_strategies(given, opened)
+    transform = transforms.evaluation_transform(opened.size, given.crop_pct)
+    with cli.exit_on_user_error():
+        pixels = torch.stack([transform(picture(images, index)) for index in range(min(given.rows, len(images)))])
+    columns = views.columns(
+        opened.model,
+        pixels,
+        opened.normalize,
+        strategies,
+        rebuilt=rebuilt if opened.has_decoder else None,
+        temperature=getattr(opened.strategy, "temperature", 1.0),
+        seed=given.seed,
+    )
+    if not opened.has_decoder:
+        print("the checkpoint has no decoder: the picture shows salience and masks, without a reconstruction")
+    if not opened.trained:
+        print(f"{given.model} is untrained: its reconstruction is noise")
+    visualize.save(visualize.draw(columns), given.output)
+    print(f"picture: {given.output}")
+
+
+def open_model(given: argparse.Namespace) -> tuple[inspection.Opened, list[str]]:
+    """The checkpoint or the untrained `--model`, and the pictures' places among the arguments."""
+    names = ("model", "input_size", "patch_size", "in_chans", "norm_pix_loss")
+    changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    if given.mask_ratio is not None:
+        changes |= {"mask_ratio": given.mask_ratio}
+    first, *rest = given.inputs
+    if first.endswith((".pth", ".pt")):
+        return inspection.open_checkpoint(first, given.device, **changes), rest
+    if "model" not in changes:
+        raise ValueError(f"{first}: no checkpoint (.pth); name one first, or an untrained --model")
+    return inspection.untrained(changes.pop("model"), given.device, **changes), given.inputs
+
+
+def open_images(given: argparse.Namespace, opened: inspection.Opened, places: list[str]) -> datasets.ImageSet:
+    """The named pictures and folders; without any, the validation images of the digits (`--dataset digits`)."""
+    channels = opened.settings.in_chans
+    if given.dataset:
+        return datasets.open_labelled(given.dataset, None, "val", channels)
+    if not places:
+        raise ValueError("name at least one picture or folder of pictures, or --dataset digits")
+    items = []
+    for place in places:
+        if Path(place).is_dir():
+            items += datasets.open_unlabelled("folder", place, channels).items
+        elif Path(place).is_file():
+            items.append(place)
+        else:
+            raise ValueError(f"{place}: there is no such picture or folder")
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    return datasets.ImageSet(items, [0] * len(items), (), mode)
+
+
+def picture(images: datasets.ImageSet, index: int):
+    """Picture `index`, decoded. ValueError names a file that is none."""
+    try:
+        return images.picture(index)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+
+
+def choose_strategies(given: argparse.Namespace, opened: inspection.Opened) -> tuple[dict, str]:
+    """Strategies by name, and the one that is reconstructed: the checkpoint's, unless `--rebuild` names another."""
+    strategies = views.standard_strategies(opened.settings, opened.strategy, opened.model.num_patches)
+    for name in strategies:
+        masking.check(strategies[name], opened.model.num_patches, opened.model.cls_token.shape[-1])
+    rebuilt = given.rebuild or views.own_name(opened.settings)
+    if rebuilt not in strategies:
+        raise ValueError(f"--rebuild {rebuilt}: choose one of {', '.join(strategies)}")
+    return strategies, rebuilt
+
+
+def check_output(output: Path) -> None:
+    """ValueError unless `--output` is a PNG or PDF that can be written."""
+    if output.suffix not in (".png", ".pdf"):
+        raise ValueError(f"--output {output}: the name must end in .png or .pdf")
+    if not output.parent.is_dir():
+        raise ValueError(f"--output {output}: there is no folder {output.parent}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("inputs", nargs="+", metavar="[CHECKPOINT] PICTURE_OR_FOLDER", help="the checkpoint first")
+    parser.add_argument("--output", type=Path, default=Path("masks.png"), help="PNG or PDF")
+    parser.add_argument("--rows", type=int, default=6, help="pictures at most")
+    parser.add_argument("--rebuild", help="strategy whose mask is reconstructed; default: the checkpoint's own")
+    parser.add_argument("--mask_ratio", type=float, help="default: the checkpoint's")
+    parser.add_argument("--seed", type=int, default=0, help="of the masks' noise")
+    parser.add_argument("--crop_pct", type=float, default=1.0, help="centre crop over resized side")
+    parser.add_argument("--dataset", choices=["digits"], help="the built-in digits instead of pictures")
+    parser.add_argument("--model", help="architecture; without a checkpoint: untrained")
+    parser.add_argument("--input_size", type=int, nargs="+", help="untrained model: side, or height and width")
+    parser.add_argument("--patch_size", type=int, nargs="+", help="untrained model: side, or height and width")
+    parser.add_argument("--in_chans", type=int, help="untrained model: channels")
+    parser.add_argument(
+        "--norm_pix_loss", action=argparse.BooleanOptionalAction, default=None, help="default: the checkpoint's"
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cpu")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

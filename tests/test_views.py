@@ -1,0 +1,117 @@
+"""Pictures and numbers about masks, salience and reconstruction."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from helpers import tiny_mae, varied_images
+
+import masking
+import views
+from util import transforms, visualize
+from util.config import PretrainSettings
+
+NORMALIZE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def pixels(n: int = 4) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def strategies(**options) -> dict:
+    settings = PretrainSettings(masking="sbam_amr", **options)
+    return views.standard_strategies(settings, masking.create("sbam_amr", mask_ratio=settings.mask_ratio), 64)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_visible_patches_are_the_image_itself(norm_pix_loss):
+    torch.manual_seed(0)
+    model, images = tiny_mae(norm_pix_loss=norm_pix_loss).eval(), pixels()
+    found = {c.title: c for c in views.columns(model, images, NORMALIZE, strategies(), rebuilt="sbam_amr")}
+    mask = strategies()["sbam_amr"](
+        model.embed(NORMALIZE(images)), noise=torch.rand(4, 64, generator=torch.Generator().manual_seed(0))
+    )
+    removed = mask.mask.view(4, 1, 8, 8).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(4, 3, 32, 32)
+    pasted, image = found["rebuilt + visible"].pictures, found["image"].pictures
+    assert torch.equal(image, images / 255)
+    assert torch.equal(pasted[~removed], image[~removed])
+    assert (pasted[removed] != image[removed]).float().mean() > 0.9
+    assert (found["mask: sbam_amr"].pictures[removed] == 0.5).all()
+    assert found["mask: sbam_amr"].captions[0] == f"{mask.mask[0].float().mean():.0%} removed"
+    title = next(name for name in found if name.startswith("rebuilt: sbam_amr"))
+    assert ("mean, std" in title) == norm_pix_loss
+
+
+@pytest.mark.parametrize("norm_pix_loss", [True, False])
+def test_a_perfect_prediction_gives_back_the_image(norm_pix_loss):
+    model, images = tiny_mae(norm_pix_loss=norm_pix_loss), pixels()
+    images[0, :, :4, :4] = 77  # a patch without deviation
+    normalized = NORMALIZE(images)
+    target = model.patchify(normalized)
+    if norm_pix_loss:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert model.forward_loss(normalized, target, torch.ones(4, 64)) < 1e-9
+    rebuilt = views.reconstruct(model, target, normalized, NORMALIZE)
+    assert (rebuilt - images / 255).abs().max() < 1 / 255 / 10
+
+
+def test_without_a_decoder_there_is_no_reconstruction():
+    titles = [c.title for c in views.columns(tiny_mae(), pixels(), NORMALIZE, strategies())]
+    assert titles == ["image", "salience", "mask: random", "mask: sbam", "mask: sbam_amr"]
+
+
+@pytest.mark.parametrize("ratio", [0.02, 0.1, 0.5, 0.9, 0.98])
+def test_standard_strategies_exist_at_every_ratio(ratio):
+    settings = PretrainSettings(masking="random", mask_ratio=ratio)
+    found = views.standard_strategies(settings, masking.create("random", mask_ratio=ratio), 64)
+    assert list(found) == ["random", "sbam", "sbam_amr"]
+    for strategy in found.values():
+        masking.check(strategy, 64)
+
+
+def test_a_strategy_of_ones_own_is_added():
+    settings = PretrainSettings(masking="my_masking:Mine")
+    assert list(views.standard_strategies(settings, print, 64)) == ["random", "sbam", "sbam_amr", "own"]
+
+
+def test_salience_statistics_of_a_flat_and_of_textured_images():
+    model = tiny_mae().eval()
+    images = varied_images(5)
+    strategy = masking.create("sbam_amr", delta=0.3)
+    found = views.salience_statistics(model, images, strategy)
+    tokens = model.embed(images)
+    salience = masking.token_salience(tokens)
+    torch.testing.assert_close(found["salient_share"], (salience > 0.3).float().mean(1))
+    torch.testing.assert_close(found["mask_ratio"], strategy(tokens).mask.float().mean(1))
+    share = (salience[3] / salience[3].sum()).tolist()
+    entropy = -sum(p * math.log(p) for p in share if p > 0) / math.log(64)
+    assert found["salience_entropy"][3].item() == pytest.approx(entropy, rel=1e-4)
+    blank = model
+    blank.patch_embed.proj.weight.data.zero_()
+    blank.pos_embed.data.zero_()  # all tokens alike: no salience
+    flat = views.salience_statistics(blank, images, strategy)
+    torch.testing.assert_close(flat["salience_entropy"], torch.ones(5))
+
+
+def test_every_map_has_the_same_scale_and_there_is_one_colour_bar(tmp_path):
+    columns = views.columns(tiny_mae(), pixels(3), NORMALIZE, strategies(), rebuilt="random")
+    figure = visualize.draw(columns)
+    images = [axis.images[0] for axis in figure.axes if axis.images]
+    assert len(images) == 3 * 7
+    assert {image.get_clim() for image in images} == {(0, 1)}
+    assert [axis.get_ylabel() for axis in figure.axes if not axis.images] == ["salience"]
+    for suffix in ("png", "pdf"):
+        visualize.save(figure, tmp_path / f"masks.{suffix}")
+        assert (tmp_path / f"masks.{suffix}").stat().st_size > 5000
+
+
+def test_no_label_overlaps_another():
+    columns = views.columns(tiny_mae(norm_pix_loss=True), pixels(2), NORMALIZE, strategies(), rebuilt="random")
+    figure = visualize.draw(columns)
+    figure.draw_without_rendering()
+    texts = [text for axis in figure.axes for text in (axis.title, axis.xaxis.label, axis.yaxis.label)]
+    boxes = [text.get_window_extent() for text in texts if text.get_text()]
+    assert len(boxes) == 7 + 2 * 3 + 1
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]

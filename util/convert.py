@@ -1,0 +1,121 @@
+"""Names of the same tensors in this project (those of MAE and timm) and in Hugging Face's ViT and ViTMAE."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+State = dict[str, torch.Tensor]
+
+# Ours -> the names of the published Hugging Face files, which every version of transformers loads.
+_OUTSIDE_BLOCKS = {
+    "cls_token": "vit.embeddings.cls_token",
+    "pos_embed": "vit.embeddings.position_embeddings",
+    "patch_embed.proj": "vit.embeddings.patch_embeddings.projection",
+    "norm": "vit.layernorm",
+    "mask_token": "decoder.mask_token",
+    "decoder_pos_embed": "decoder.decoder_pos_embed",
+    "decoder_embed": "decoder.decoder_embed",
+    "decoder_norm": "decoder.decoder_norm",
+    "decoder_pred": "decoder.decoder_pred",
+    "head": "classifier",
+}
+_IN_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_BLOCKS = {"blocks": "vit.encoder.layer", "decoder_blocks": "decoder.decoder_layers"}
+_QKV = ("query", "key", "value")
+# What transformers 5 writes, or calls its tensors in memory -> the published names.
+_NEWER = (
+    (r"^vit\.layers\.", "vit.encoder.layer."),
+    (r"^decoder\.(decoder_encoder\.layer|layers)\.", "decoder.decoder_layers."),
+    (r"\.attention\.q_proj\.", ".attention.attention.query."),
+    (r"\.attention\.k_proj\.", ".attention.attention.key."),
+    (r"\.attention\.v_proj\.", ".attention.attention.value."),
+    (r"\.attention\.o_proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
+
+def to_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
+    """Tensors of a masked autoencoder or of a class-token classifier under Hugging Face's names; qkv is split in three.
+
+    Raises:
+        ValueError: a tensor that Hugging Face's models have not, such as `fc_norm.weight`.
+    """
+    result = {}
+    for name, tensor in state.items():
+        block = re.match(r"(blocks|decoder_blocks)\.(\d+)\.(.+)\.(weight|bias)$", name)
+        if block is None:
+            result[_renamed(name, _OUTSIDE_BLOCKS)] = tensor.clone()
+            continue
+        place, (part, leaf) = f"{_BLOCKS[block[1]]}.{block[2]}", block.group(3, 4)
+        if part == "attn.qkv":
+            for word, third in zip(_QKV, tensor.chunk(3), strict=True):
+                result[f"{place}.attention.attention.{word}.{leaf}"] = third.clone()
+        else:
+            result[f"{place}.{_renamed(f'{part}.{leaf}', _IN_BLOCK)}"] = tensor.clone()
+    return result
+
+
+def from_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
+    """The inverse of `to_hugging_face`, for files of old and new versions of transformers. ValueError: other names."""
+    state = {_published_name(name): tensor for name, tensor in state.items()}
+    outside, inside = ({theirs: ours for ours, theirs in names.items()} for names in (_OUTSIDE_BLOCKS, _IN_BLOCK))
+    blocks = {theirs: ours for ours, theirs in _BLOCKS.items()}
+    result = {}
+    for name, tensor in state.items():
+        block = re.match(r"(vit\.encoder\.layer|decoder\.decoder_layers)\.(\d+)\.(.+)\.(weight|bias)$", name)
+        if block is None:
+            result[_renamed(name, outside)] = tensor.clone()
+            continue
+        place, (part, leaf) = f"{blocks[block[1]]}.{block[2]}", block.group(3, 4)
+        if not part.startswith("attention.attention."):
+            result[f"{place}.{_renamed(f'{part}.{leaf}', inside)}"] = tensor.clone()
+        elif part.endswith(_QKV[0]):
+            names = [name.replace(f".{_QKV[0]}.", f".{word}.") for word in _QKV]
+            missing = [name for name in names if name not in state]
+            if missing:
+                raise ValueError(f"{missing[0]} is missing; without biases of query, key and value it cannot be ours")
+            result[f"{place}.attn.qkv.{leaf}"] = torch.cat([state[name] for name in names])
+    return result
+
+
+def encoder_or_classifier(state: Mapping[str, torch.Tensor]) -> State:
+    """What timm's ViT has: without the decoder, and with the two layers of a probe's head made one."""
+    state = {name: value for name, value in state.items() if not name.startswith(("decoder", "mask_token"))}
+    return fold_probe_head(state)
+
+
+def fold_probe_head(state: State) -> State:
+    """The probe's head as one linear layer, which computes the same in evaluation mode; other heads stay."""
+    if "head.1.weight" not in state:
+        return state
+    scale = (state["head.0.running_var"] + 1e-6).rsqrt()  # eps as in models_vit.add_probe_head
+    weight = state["head.1.weight"] * scale
+    bias = state["head.1.bias"] - weight @ state["head.0.running_mean"]
+    rest = {name: value for name, value in state.items() if not name.startswith("head.")}
+    return rest | {"head.weight": weight, "head.bias": bias}
+
+
+def _published_name(name: str) -> str:
+    for pattern, replacement in _NEWER:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """`names[...]` for a name, or for what stands before `.weight` or `.bias`."""
+    if name in names:
+        return names[name]
+    stem, _, leaf = name.rpartition(".")
+    if stem not in names:
+        raise ValueError(f"{name} has no counterpart in the other library")
+    return f"{names[stem]}.{leaf}"
