@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from util import dist, precision
+from util.batches import MicroBatch
 from util.epoch import EpochLoop
 from util.log import Averages
-from util.step import GradientStep
+from util.step import GradientStep, StepOutcome
 
 Prepare = Callable[[list], tuple[torch.Tensor, torch.Tensor]]  # batch -> images, targets, on the device
 
@@ -42,35 +43,34 @@ def train_one_epoch(
     """
     model.train()
     return loop.run(
-        epoch, lambda batches, averages: train_step(model, batches, update, averages, prepare, smoothing, amp)
+        epoch, update, lambda batches, averages: train_step(model, batches, update, averages, prepare, smoothing, amp)
     )
 
 
 def train_step(
     model: nn.Module,
-    micro_batches: Iterator[tuple[bool, list]],
+    micro_batches: Iterable[MicroBatch],
     update: GradientStep,
     averages: Averages,
     prepare: Prepare,
     smoothing: float = 0.0,
     amp: str = "none",
-) -> tuple[int, torch.Tensor]:
-    """One optimizer step: cross entropy, mean over the whole effective batch.
-
-    Returns:
-        Images of this process, and the gradient's norm, 0-dim, on the device.
-    """
-    num_images = 0
-    for last, batch in micro_batches:
-        images, targets = prepare(batch)
-        with update.sync(last):
+) -> StepOutcome:
+    """One optimizer step: cross entropy, mean over the whole effective batch."""
+    num_images, loss_sum = 0, torch.zeros((), device=averages.device)
+    for micro_batch in micro_batches:
+        images, targets = prepare(micro_batch.batch)
+        with update.sync(micro_batch.last):
             with precision.autocast(amp, averages.device):
                 logits = model(images)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing, reduction="sum")
             update.backward(loss)
         num_images += len(images)
-        averages.add("loss", loss, len(images))
-    return num_images, update.apply(torch.full((), float(num_images), device=averages.device))
+        loss_sum = loss_sum + loss.detach()
+    count = torch.full((), float(num_images), device=averages.device)
+    outcome = update.apply(count, loss_sum, num_images)
+    averages.add("loss", outcome.counted(loss_sum), outcome.counted(count))
+    return outcome
 
 
 @torch.no_grad()

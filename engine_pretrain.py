@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
 
 from util import dist, precision
+from util.batches import MicroBatch
 from util.epoch import EpochLoop
 from util.log import Averages
-from util.step import GradientStep
+from util.step import GradientStep, StepOutcome
+
+Prepare = Callable[[MicroBatch], tuple[torch.Tensor, ...]]  # -> arguments of the model, on the device
 
 
 def train_one_epoch(
@@ -19,7 +22,7 @@ def train_one_epoch(
     update: GradientStep,
     epoch: int,
     *,
-    prepare: Callable[[object], tuple[torch.Tensor, ...]],
+    prepare: Prepare,
     amp: str = "none",
 ) -> dict[str, float]:
     """Train for one epoch.
@@ -30,7 +33,7 @@ def train_one_epoch(
         loop: data, learning rates, log.
         update: collects gradients and steps.
         epoch: 0-based.
-        prepare: batch -> arguments of the model, on the device.
+        prepare: micro-batch -> arguments of the model, on the device.
         amp: bf16, fp16 or none.
 
     Returns:
@@ -38,37 +41,36 @@ def train_one_epoch(
         and what the masking strategy reports.
     """
     model.train()
-    return loop.run(epoch, lambda batches, averages: train_step(model, batches, update, averages, prepare, amp))
+    return loop.run(epoch, update, lambda batches, averages: train_step(model, batches, update, averages, prepare, amp))
 
 
 def train_step(
     model: nn.Module,
-    micro_batches: Iterator[tuple[bool, object]],
+    micro_batches: Iterable[MicroBatch],
     update: GradientStep,
     averages: Averages,
-    prepare: Callable[[object], tuple[torch.Tensor, ...]],
+    prepare: Prepare,
     amp: str = "none",
-) -> tuple[int, torch.Tensor]:
-    """One optimizer step over `micro_batches` of (is the last one, batch).
+) -> StepOutcome:
+    """One optimizer step over `micro_batches`.
 
     Eq. 2: sum over the removed tokens of the global batch / number of removed tokens of the global batch.
-
-    Returns:
-        Images of this process, and the gradient's norm, 0-dim, on the device.
     """
-    num_images, num_removed = 0, torch.zeros((), device=averages.device)
-    for last, batch in micro_batches:
-        images, *noise = prepare(batch)
-        with update.sync(last):
+    num_images, num_removed, loss_sum = 0, *torch.zeros(2, device=averages.device)
+    for micro_batch in micro_batches:
+        images, *noise = prepare(micro_batch)
+        with update.sync(micro_batch.last):
             with precision.autocast(amp, averages.device):
                 loss, _, mask = model(images, *noise)
             removed = mask.sum()
             update.backward(loss * removed)
         num_images += len(images)
-        num_removed += removed
-        averages.add("loss", loss.detach() * removed, removed)
+        num_removed = num_removed + removed
+        loss_sum = loss_sum + loss.detach() * removed
         _add_mask(averages, mask, getattr(dist.unwrap(model), "mask_stats", {}))
-    return num_images, update.apply(num_removed)
+    outcome = update.apply(num_removed, loss_sum, num_images)
+    averages.add("loss", outcome.counted(loss_sum), outcome.counted(num_removed))
+    return outcome
 
 
 def _add_mask(averages: Averages, mask: torch.Tensor, stats: dict[str, torch.Tensor]) -> None:

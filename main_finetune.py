@@ -27,9 +27,14 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_on_user_error():
         inputs = supervised.check(settings, build, multiple)
         make_transform(settings, (32, 32))
-    job = run.Run.start(settings, inputs.resumed)
-    inputs.resumed = None  # the run holds it, until it has restored from it
+    with run.Run.start(settings, inputs.resumed) as job:
+        inputs.resumed = None  # the run holds it, until it has restored from it
+        train(job, inputs, build)
 
+
+def train(job: run.Run, inputs: supervised.Inputs, build: Callable[..., VisionTransformer]) -> None:
+    """Build the model and the optimizer, and train, or only evaluate."""
+    settings = job.settings
     model = build(inputs.num_classes)
     models_vit.init_finetune_head(model)
     if inputs.weights is not None:
@@ -45,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         transform=make_transform(settings, model.patch_embed.img_size),
         prepare=make_prepare(settings, inputs.num_classes, transforms.Normalize(mean, std).to(job.device), job.device),
         smoothing=0.0 if settings.mixes else settings.smoothing,  # with mixup it is in the targets
-        multiple=multiple,
+        multiple=2 if settings.mixes else 1,
     )
     supervised.fit(job, inputs, task)
 

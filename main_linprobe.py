@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
@@ -24,9 +26,14 @@ def main(argv: list[str] | None = None) -> None:
 
     with cli.exit_on_user_error():
         inputs = supervised.check(settings, build, multiple=2)  # BatchNorm needs two images
-    job = run.Run.start(settings, inputs.resumed)
-    inputs.resumed = None  # the run holds it, until it has restored from it
+    with run.Run.start(settings, inputs.resumed) as job:
+        inputs.resumed = None  # the run holds it, until it has restored from it
+        train(job, inputs, build)
 
+
+def train(job: run.Run, inputs: supervised.Inputs, build: Callable[..., VisionTransformer]) -> None:
+    """Build the model and the optimizer, and train, or only evaluate."""
+    settings = job.settings
     model = build(inputs.num_classes, with_head=False)
     if inputs.weights is not None:
         encoder = {name: tensor for name, tensor in inputs.weights.items() if not name.startswith("head.")}

@@ -11,7 +11,8 @@ import engine_pretrain
 import masking
 import models_mae
 import monitor
-from util import checkpoint, cli, datasets, dist, optim, precision, run, transforms
+from util import checkpoint, cli, datasets, dist, optim, precision, run, seeding, transforms
+from util.batches import MicroBatch
 from util.config import PretrainSettings
 from util.step import GradientStep
 
@@ -31,9 +32,14 @@ def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(PretrainSettings, argv)
     with cli.exit_on_user_error():
         inputs = check(settings)
-    job = run.Run.start(settings, inputs.resumed)
-    inputs.resumed = None  # the run holds it, until it has restored from it
+    with run.Run.start(settings, inputs.resumed) as job:
+        inputs.resumed = None  # the run holds it, until it has restored from it
+        train(job, inputs)
 
+
+def train(job: run.Run, inputs: Inputs) -> None:
+    """Build the model and the optimizer, and train for the epochs that are left."""
+    settings = job.settings
     bare = build_model(settings)
     if inputs.weights is not None:
         bare.load_state_dict(inputs.weights)
@@ -47,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     model = dist.wrap(bare, job.device, plan.accumulates)
     optimizer = optim.pretrain_adamw(bare, settings.weight_decay, job.device)
     scaler = precision.grad_scaler(job.amp, job.device)
-    job.restore(bare, optimizer, scaler)
+    job.restore(bare, optimizer, scaler, len(loader))
 
     nominal_tokens = plan.batch_size * plan.accum_iter * bare.num_patches * settings.mask_ratio
     update = GradientStep(model, optimizer, scaler, nominal_tokens, settings.clip_grad)
@@ -56,10 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     normalize = transforms.Normalize(*channel_statistics(settings)).to(job.device)
     if settings.compile:
         normalize.compile(dynamic=True)  # flip, conversion and normalisation in one pass over the pixels
-
-    def prepare(batch: list) -> tuple[torch.Tensor]:
-        pixels, flips = (tensor.to(job.device, non_blocking=True) for tensor in batch[0])  # (N, H, W, C) and (N,)
-        return (normalize(pixels.permute(0, 3, 1, 2).contiguous(), flips),)
+    prepare = make_prepare(normalize, settings.seed, bare.num_patches, job.device)
 
     watcher = None
     if dist.is_main() and (settings.eval_every or settings.vis_every):
@@ -72,10 +75,24 @@ def main(argv: list[str] | None = None) -> None:
         if watcher is not None:
             line |= watcher.look(bare, epoch, (epoch + 1) * len(loader))
         job.log.epoch(line | {"epoch": epoch})
-        job.save(model, optimizer, scaler, epoch, len(loader))
+        job.save_epoch(epoch)
     if settings.epochs == 0 and job.start_epoch == 0:
-        job.save(model, optimizer, scaler, -1, len(loader))  # the untrained model, to compare with
+        job.save_epoch(-1)  # the untrained model, to compare with
     job.finish()
+
+
+def make_prepare(
+    normalize: transforms.Normalize, seed: int, num_patches: int, device: torch.device
+) -> engine_pretrain.Prepare:
+    """Micro-batch -> normalised images (N, C, H, W) and the masking's noise (N, L), on the device."""
+
+    def prepare(micro_batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels, flips = (t.to(device, non_blocking=True) for t in micro_batch.batch[0])  # (N, H, W, C) and (N,)
+        images = normalize(pixels.permute(0, 3, 1, 2).contiguous(), flips)
+        places, step_size = micro_batch.places, micro_batch.step_size
+        return images, seeding.step_noise(seed, micro_batch.step, places, step_size, num_patches, device)
+
+    return prepare
 
 
 def check(settings: PretrainSettings) -> Inputs:
@@ -86,11 +103,12 @@ def check(settings: PretrainSettings) -> Inputs:
     masking.check(strategy, model.num_patches, model.cls_token.shape[-1])
     channel_statistics(settings)
     images = datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans, settings.loader)
-    run.step_plan(settings, len(images))
+    plan = run.step_plan(settings, len(images))
     run.check_output_dir(settings)
-    path = checkpoint.resume_path(settings.output_dir, settings.resume)
-    if path is not None:
-        resumed = run.check_resumed(settings, path, checkpoint.load(path), model)
+    own = checkpoint.find_own(settings.output_dir)
+    if own is not None or settings.resume:
+        path, content = own or (settings.resume, checkpoint.load(settings.resume))
+        resumed = run.check_resumed(settings, path, content, model, plan.steps_per_epoch)
         return Inputs(strategy, images, resumed, None)
     if settings.finetune:
         weights = checkpoint.model_state(checkpoint.load(settings.finetune), settings.finetune)

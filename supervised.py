@@ -16,6 +16,7 @@ from util import checkpoint, dist, precision, run, transforms
 from util.batches import evaluation_loader
 from util.config import SupervisedSettings
 from util.datasets import ImageSet, SeededImages, open_labelled
+from util.log import Averages
 from util.step import GradientStep
 
 
@@ -42,8 +43,7 @@ def check(settings: SupervisedSettings, build: Callable[[int, bool], VisionTrans
         ValueError: for anything that cannot work, before anything expensive.
     """
     transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
-    start = _start_path(settings)
-    content = checkpoint.load(start) if start is not None else None
+    start, content = _start(settings)
     train = None if settings.eval else _open(settings, "train")
     val = _open(settings, "val")
     classes = train.classes if train is not None else tuple(content.get("classes", ())) or val.classes
@@ -64,18 +64,21 @@ def check(settings: SupervisedSettings, build: Callable[[int, bool], VisionTrans
         return Inputs(train, val, num_classes, None, state)
     if start == settings.finetune and not settings.resume:
         return Inputs(train, val, num_classes, None, _fit(start, content, bare))
-    return Inputs(train, val, num_classes, run.check_resumed(settings, start, content, model), None)
+    steps = run.step_plan(settings, len(train), multiple).steps_per_epoch
+    return Inputs(train, val, num_classes, run.check_resumed(settings, start, content, model, steps), None)
 
 
-def _start_path(settings: SupervisedSettings) -> str | Path | None:
-    """Own last checkpoint, --resume, --finetune, nothing; with --eval: --resume, --finetune, own last."""
-    own = checkpoint.resume_path(settings.output_dir, None)
-    if not settings.eval:
-        return own or settings.resume or settings.finetune
-    path = settings.resume or settings.finetune or own
-    if path is None:
+def _start(settings: SupervisedSettings) -> tuple[str | Path | None, dict | None]:
+    """Path and content of: own last checkpoint, --resume, --finetune, nothing; with --eval own last comes last."""
+    named = settings.resume or settings.finetune
+    own = None if settings.eval and named else checkpoint.find_own(settings.output_dir)
+    if own is not None:
+        return own
+    if named:
+        return named, checkpoint.load(named)
+    if settings.eval:
         raise ValueError("--eval: name the checkpoint to evaluate with --resume or --finetune")
-    return path
+    return None, None
 
 
 def _number_classes(settings: SupervisedSettings, val: ImageSet, classes: tuple[str, ...]) -> ImageSet:
@@ -137,10 +140,10 @@ def fit(job: run.Run, inputs: Inputs, task: Task) -> None:
     job.classes = inputs.train.classes
     evaluate = evaluator(job, inputs, bare)
     scaler = precision.grad_scaler(job.amp, job.device)
-    job.restore(bare, task.optimizer, scaler)
+    loader = job.step_loader(inputs.train, task.transform, task.multiple)
+    job.restore(bare, task.optimizer, scaler, len(loader))
     if settings.compile:
         bare.compile()
-    loader = job.step_loader(inputs.train, task.transform, task.multiple)
     model: nn.Module = dist.wrap(bare, job.device, loader.plan.accumulates)
     nominal_images = settings.batch_size * loader.plan.accum_iter
     update = GradientStep(model, task.optimizer, scaler, nominal_images, settings.clip_grad)
@@ -150,14 +153,14 @@ def fit(job: run.Run, inputs: Inputs, task: Task) -> None:
             model, loop, update, epoch, prepare=task.prepare, smoothing=task.smoothing, amp=job.amp
         )
         dist.average_buffers(bare)
-        test = evaluate()
+        test = evaluate(epoch, loop.averages)
         job.best = max(job.best, test["acc1"])
         job.log.say(_describe(f"epoch {epoch}", test, job.best))
         job.log.scalars({f"test/{name}": value for name, value in test.items()}, (epoch + 1) * len(loader))
         line = {f"train_{name}": value for name, value in train.items()}
         line |= {f"test_{name}": value for name, value in test.items()}
         job.log.epoch(line | {"test_acc1_best_epoch": job.best, "epoch": epoch})
-        job.save(model, task.optimizer, scaler, epoch, len(loader))
+        job.save_epoch(epoch)
     if job.start_epoch >= settings.epochs:
         job.log.say(_describe("finished before", evaluate(), job.best))
     job.finish()
@@ -171,8 +174,12 @@ def evaluate_only(job: run.Run, inputs: Inputs, model: VisionTransformer) -> Non
     job.finish()
 
 
-def evaluator(job: run.Run, inputs: Inputs, model: VisionTransformer) -> Callable[[], dict[str, float]]:
-    """A function that evaluates `model` as it is now on all validation images, each counted once."""
+def evaluator(job: run.Run, inputs: Inputs, model: VisionTransformer) -> Callable[..., dict[str, float]]:
+    """A function that evaluates `model` as it is now on all validation images, each counted once.
+
+    After an epoch of training it takes the epoch and its averages, so that a run that is stopped in the middle of the
+    evaluation continues with it.
+    """
     settings = job.settings
     transform = transforms.evaluation_transform(model.patch_embed.img_size, settings.crop_pct)
     normalize = transforms.Normalize(*statistics(settings)).to(job.device)
@@ -192,8 +199,11 @@ def evaluator(job: run.Run, inputs: Inputs, model: VisionTransformer) -> Callabl
         images, targets = (tensor.to(job.device, non_blocking=True) for tensor in batch)
         return normalize(images), targets
 
-    def evaluate() -> dict[str, float]:
-        result = engine_finetune.evaluate(model, batches, prepare, job.device, job.amp)
+    rounds = job.agreement.maximum(len(batches))[0]
+
+    def evaluate(epoch: int | None = None, averages: Averages | None = None) -> dict[str, float]:
+        shown = batches if epoch is None else job.checked(batches, rounds, epoch, averages)
+        result = engine_finetune.evaluate(model, shown, prepare, job.device, job.amp)
         return result | {"bad_images": images.bad.collect(job.device)}
 
     return evaluate

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ import models_mae
 from benchmarks.measure import optimizer_tensors
 from masking import Mask
 from util import optim, precision
+from util.batches import MicroBatch
 from util.log import Averages
 from util.step import GradientStep
 
@@ -111,9 +112,9 @@ class Ours:
 
         def step() -> None:
             self.model.set_masking(watched)
-            batches: Iterator = iter([(True, images)])
+            whole = MicroBatch([images], True, 0, range(len(images)), len(images), [])
             engine_pretrain.train_step(
-                self.model, batches, self.update, self.averages, lambda batch: (batch,), self.amp
+                self.model, [whole], self.update, self.averages, lambda micro: tuple(micro.batch), self.amp
             )
 
         found.step = step

@@ -11,6 +11,7 @@ from helpers import tiny_mae, varied_images
 import engine_pretrain
 import masking
 from util import dist
+from util.batches import MicroBatch
 from util.log import Averages
 from util.step import GradientStep
 
@@ -35,17 +36,20 @@ def one_step(strategy: str, accum_iter: int, device: torch.device) -> dict:
     share = list(zip(images[dist.rank() :: dist.world_size()], noise[dist.rank() :: dist.world_size()], strict=True))
     size = -(-len(share) // accum_iter)
     parts = [share[i : i + size] for i in range(0, len(share), size)]
-    batches = ((i == len(parts) - 1, [torch.stack(t) for t in zip(*p, strict=True)]) for i, p in enumerate(parts))
+    batches = [
+        MicroBatch([torch.stack(t) for t in zip(*part, strict=True)], part is parts[-1], 0, range(0), 12, [])
+        for part in parts
+    ]
 
     optimizer = torch.optim.SGD([p for p in bare.parameters() if p.requires_grad], lr=0.0)
     update = Keep(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), nominal_count=1000.0)
     averages = Averages(device)
-    _, norm = engine_pretrain.train_step(model, batches, update, averages, tuple)
+    outcome = engine_pretrain.train_step(model, batches, update, averages, lambda micro: tuple(micro.batch))
     loss, _, mask = bare(images, noise)
     return {
         "loss": torch.tensor(averages.read()["loss"], dtype=torch.float64),
         "whole_batch_loss": loss.detach().double(),
-        "norm": norm,
+        "norm": outcome.norm,
         "gradients": {name: p.kept for name, p in bare.named_parameters() if p.requires_grad},
         "kept": mask.sum(1).tolist(),
     }
@@ -54,7 +58,7 @@ def one_step(strategy: str, accum_iter: int, device: torch.device) -> dict:
 class Keep(GradientStep):
     """Keeps the final gradients, which a step clears."""
 
-    def apply(self, count):
+    def apply(self, *arguments):
         step = self.optimizer.step
 
         def keep_and_step():
@@ -63,7 +67,7 @@ class Keep(GradientStep):
             return step()
 
         self.optimizer.step = keep_and_step
-        return super().apply(count)
+        return super().apply(*arguments)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from test_packing import LENGTHS, each_alone
 import masking
 import models_mae
 from util import optim, precision
+from util.batches import MicroBatch
 from util.log import Averages
 from util.packing import PackedLayout, packed_attention
 from util.step import GradientStep
@@ -109,7 +110,8 @@ def test_a_training_step_never_makes_the_host_wait(name, waits):
     averages = Averages(GPU)
 
     def step() -> None:
-        train_step(model, iter([(False, images), (True, images)]), update, averages, lambda batch: (batch,), "bf16")
+        halves = [MicroBatch([images], last, 0, range(8), 16, []) for last in (False, True)]
+        train_step(model, halves, update, averages, lambda micro: tuple(micro.batch), "bf16")
 
     step()
     torch.cuda.synchronize()

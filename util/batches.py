@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from util import seeding
+from util import control, seeding
 
 
 @dataclass(frozen=True)
@@ -66,23 +66,52 @@ class StepPlan:
         last = self.num_samples - (self.steps_per_epoch - 1) * self.effective_batch_size
         return self.accum_iter > 1 or -(-last // self.world_size) > self.batch_size
 
+    def step_size(self, step: int) -> int:
+        """Samples of step `step` of an epoch, over all processes."""
+        first = step * self.effective_batch_size
+        return self.num_samples - first if step == self.steps_per_epoch - 1 else self.effective_batch_size
+
+    def places(self, step: int) -> list[range]:
+        """This process's micro-batches of step `step`, as places among the step's samples."""
+        size = self.step_size(step)
+        share = range(size)[self.rank :: self.world_size]
+        if size == self.effective_batch_size:
+            return [share[i : i + self.batch_size] for i in range(0, len(share), self.batch_size)]
+        if self.multiple > 1:
+            share = share[: size // (self.world_size * self.multiple) * self.multiple]
+        return _split_evenly(share, -(-len(share) // self.batch_size), self.multiple)
+
     def micro_batches(self, order: list[int], step: int) -> list[list[int]]:
         """This process's share of step `step` of an epoch whose samples come in `order`."""
         first = step * self.effective_batch_size
-        if step < self.steps_per_epoch - 1 or len(order) == first + self.effective_batch_size:
-            share = order[first : first + self.effective_batch_size][self.rank :: self.world_size]
-            return [share[i : i + self.batch_size] for i in range(0, len(share), self.batch_size)]
-        rest = order[first:]
-        share = rest[self.rank :: self.world_size]
-        if self.multiple > 1:
-            share = share[: len(rest) // (self.world_size * self.multiple) * self.multiple]
-        return _split_evenly(share, -(-len(share) // self.batch_size), self.multiple)
+        return [[order[first + place] for place in places] for places in self.places(step)]
 
 
-def _split_evenly(items: list[int], parts: int, multiple: int) -> list[list[int]]:
+def _split_evenly(items: range, parts: int, multiple: int) -> list[range]:
     units = len(items) // multiple
     bounds = [multiple * (units * part // parts) for part in range(parts + 1)]
     return [items[first:end] for first, end in itertools.pairwise(bounds)]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a process computes on at once.
+
+    Attributes:
+        batch: what the data set's samples were collated to.
+        last: the last micro-batch of its step.
+        step: number of the optimizer step, counted over all epochs.
+        places: of these samples among the step's, over all processes.
+        step_size: samples of the step, over all processes.
+        indices: numbers of the samples in the data set.
+    """
+
+    batch: list
+    last: bool
+    step: int
+    places: range
+    step_size: int
+    indices: list[int]
 
 
 class StepLoader:
@@ -98,11 +127,13 @@ class StepLoader:
     def __init__(self, dataset: Dataset, plan: StepPlan, *, seed: int, num_workers: int = 0, pin_memory: bool = False):
         self.dataset, self.plan, self.seed, self.num_workers = dataset, plan, seed, num_workers
         self._epoch, self._start = 0, 0
+        self._awaited: tuple[int, list[int]] = (0, [])
         self._loader = DataLoader(
             dataset,
             batch_sampler=_Keys(self),
             num_workers=num_workers,
             pin_memory=pin_memory,
+            worker_init_fn=control.ignore_signals,
             persistent_workers=num_workers > 0,
         )
 
@@ -110,13 +141,28 @@ class StepLoader:
         """Optimizer steps in an epoch."""
         return self.plan.steps_per_epoch
 
-    def steps(self, epoch: int, start_step: int = 0) -> Iterator[tuple[int, Iterator[tuple[bool, list]]]]:
-        """Iterate over (step, its micro-batches as (is the last one, batch)), from `start_step` of `epoch`."""
-        self._epoch, self._start = epoch, start_step
-        sizes = [len(batches) for batches in self.grouped_keys()]
+    def steps(self, epoch: int, start_step: int = 0) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
+        """Iterate over (step, its micro-batches), from `start_step` of `epoch`."""
+        self._epoch, self._start, number = epoch, start_step, itertools.count()
         batches = iter(self._loader)
-        for step, size in enumerate(sizes, start_step):
-            yield step, ((i == size - 1, next(batches)) for i in range(size))
+        for step, grouped in enumerate(self.grouped_keys(), start_step):
+            yield step, self._micro_batches(step, grouped, batches, number)
+
+    def _micro_batches(
+        self, step: int, grouped: list[list[int]], batches: Iterator[list], number: Iterator[int]
+    ) -> Iterator[MicroBatch]:
+        size, all_places = self.plan.step_size(step), self.plan.places(step)
+        for places, indices in zip(all_places, grouped, strict=True):
+            self._awaited = next(number), indices
+            last, global_step = places is all_places[-1], self._epoch * len(self) + step
+            yield MicroBatch(next(batches), last, global_step, places, size, indices)
+
+    def awaited(self, most: int = 4) -> str:
+        """Which worker the process waits for, and which pictures it was asked for; workers take turns."""
+        number, indices = self._awaited
+        names = ", ".join(map(self.dataset.name, indices[:most])) + (", ..." if len(indices) > most else "")
+        who = f"worker {number % self.num_workers}" if self.num_workers else "this process"
+        return f"{who}, which loads {names}"
 
     def grouped_keys(self) -> Iterator[list[list[int]]]:
         """Sample indices of each remaining step of the current epoch, by micro-batch."""
@@ -164,5 +210,6 @@ def evaluation_loader(
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=control.ignore_signals,
         persistent_workers=num_workers > 0,
     )

@@ -3,28 +3,65 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import re
+import warnings
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import nn
 
 LAST = "checkpoint-last.pth"
+PREVIOUS = "checkpoint-previous.pth"
 
 
 def save(path: Path, content: dict) -> None:
-    """Write `content` to a temporary file, flush it to disk, rename it to `path`."""
+    """Write `content` to a temporary file, flush it to disk, read it back, rename it to `path`.
+
+    Raises:
+        OSError: it could not be written, or does not read back as it was written; `path` is as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        damage = find_damage(temporary)
+        if damage:
+            raise OSError(f"{temporary}: does not read back as it was written ({damage})")
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # PyTorch's writer, on a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+        raise
+    os.replace(temporary, path)
+    flush_folder(path.parent)
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames in `folder` last."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
+
+
+def find_damage(path: str | Path) -> str:
+    """What is wrong with a file of `torch.save`, by the checksums that it holds; empty if nothing is.
+
+    `torch.load` does not compare them.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # what a damaged file raises depends on the damaged byte
+        return str(error) or type(error).__name__
+    return f"wrong checksum of {broken}" if broken else ""
 
 
 def load(path: str | Path) -> dict:
@@ -37,6 +74,9 @@ def load(path: str | Path) -> dict:
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such checkpoint")
+    damage = find_damage(path) if zipfile.is_zipfile(path) else ""  # files older than PyTorch 1.6 have no checksums
+    if damage:
+        raise ValueError(f"{path}: damaged ({damage})")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -84,9 +124,35 @@ def check_state(path: str | Path, model: nn.Module, state: dict[str, torch.Tenso
         raise ValueError(f"{path}: a checkpoint of another architecture than --model: {difference}")
 
 
-def resume_path(output_dir: str | Path, resume: str | None) -> Path | None:
-    """What a run continues from: its own last checkpoint, else `--resume`, else nothing."""
-    own = Path(output_dir) / LAST
-    if own.is_file():
-        return own
-    return Path(resume) if resume else None
+def own_checkpoints(output_dir: str | Path) -> list[Path]:
+    """A run's checkpoints, the newest first: last, the one before, the kept ones from the latest epoch on."""
+    folder = Path(output_dir)
+    newest = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
+    return newest + [path for _, path in sorted(kept_checkpoints(folder), reverse=True)]
+
+
+def kept_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(epoch, path) of every checkpoint-{epoch}.pth."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)\.pth", path.name), path) for path in folder.glob("checkpoint-*.pth"))
+    return [(int(match[1]), path) for match, path in found if match]
+
+
+def find_own(output_dir: str | Path) -> tuple[Path, dict] | None:
+    """The newest of a run's own checkpoints that is whole, and its content; damaged ones are warned of.
+
+    Raises:
+        ValueError: there are some, and all are damaged.
+    """
+    paths = own_checkpoints(output_dir)
+    for path in paths:
+        try:
+            content = load(path)
+        except ValueError as error:
+            if os.environ.get("RANK", "0") == "0":
+                warnings.warn(f"{error}; the checkpoint before it is used", stacklevel=2)
+            continue
+        return path, content
+    if paths:
+        raise ValueError(f"--output_dir {output_dir}: all its checkpoints are damaged; name a good one with --resume "
+                         "and another --output_dir")
+    return None

@@ -41,6 +41,7 @@ class Settings:
     min_lr: float = option(0.0, "learning rate at the end of the schedule")
     weight_decay: float = option(0.05, "weight decay")
     clip_grad: float | None = option(None, "largest norm of the gradient; default: no clipping")
+    max_skipped_steps: int = option(10, "steps in a row that may be skipped because loss or gradient is not finite")
     seed: int = option(0, "of everything random")
     resume: str | None = option(None, "checkpoint of the same task to continue from, unless --output_dir has its own")
     # What only makes it fast
@@ -59,11 +60,14 @@ class Settings:
     log_dir: str | None = option(None, "folder for TensorBoard; default: --output_dir")
     print_freq: int = option(20, "optimizer steps between two lines of the log")
     save_every_epochs: int | None = option(20, "epochs between two checkpoints that are kept; null keeps only the last")
+    save_every_minutes: float = option(10, "minutes between two writings of checkpoint-last.pth within an epoch")
+    keep_last: int | None = option(None, "how many checkpoint-{epoch}.pth stay; default: all")
 
     def check(self) -> None:
         """ValueError, in one sentence with flag, value and remedy, for values that cannot work in any task."""
         self._check_minimum(1, "in_chans", "batch_size", "accum_iter", "effective_batch_size", "print_freq")
-        self._check_minimum(1, "save_every_epochs")
+        self._check_minimum(1, "save_every_epochs", "keep_last", "dist_timeout")
+        self._check_minimum(0, "save_every_minutes", "max_skipped_steps")
         self._check_minimum(0, "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "num_workers", "seed")
         self._check_unit("hflip", "max_bad_images")
         for name in ("input_size", "patch_size"):

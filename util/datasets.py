@@ -91,6 +91,10 @@ class SeededImages(Dataset):
             except Exception as error:
                 raise RuntimeError(f"{self.images.source.name(good)}: the transform failed ({error})") from error
 
+    def name(self, index: int) -> str:
+        """Of picture `index`, for messages."""
+        return self.images.source.name(index)
+
     def _first_good(self, index: int, most: int = 100) -> tuple[int, Image.Image | torch.Tensor]:
         first = None
         for candidate in ((index + distance) % len(self) for distance in range(min(most, len(self)))):

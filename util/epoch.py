@@ -1,23 +1,25 @@
-"""The loop that every training epoch is: seed, learning rate, step, and now and then a line of the log."""
+"""The loop that every training epoch is: data, seed, learning rate, step, and now and then a line of the log."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NoReturn
 
 import torch
 
-from util import dist, lr_sched, seeding
+from util import control, dist, lr_sched, seeding
 from util.bad_pictures import BadPictures
-from util.batches import StepLoader
+from util.batches import MicroBatch, StepLoader
 from util.log import Averages, DataWait, RunLog, Stopwatch
+from util.step import GradientStep, StepOutcome
 
-# (micro-batches as (is the last one, batch), averages to add to) -> (images, norm of the gradient)
-TrainStep = Callable[[Iterator[tuple[bool, list]], Averages], tuple[int, torch.Tensor]]
+TrainStep = Callable[[list[MicroBatch], Averages], StepOutcome]  # (micro-batches, averages to add to)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EpochLoop:
     """Runs the steps of an epoch.
 
@@ -26,41 +28,57 @@ class EpochLoop:
         optimizer: gets its learning rate here.
         learning_rate: of the fractional epoch.
         device: where the averages live.
+        before_step: (epoch, step, averages of the epoch so far, whether a signal ended the waiting for data); may save,
+            and may leave.
+        save_now: (epoch, step, averages of the epoch so far), and wait until it is on disk.
+        signals: end the waiting for data.
         seed: the random state of a step is a function of (seed, step, rank).
         log: where numbers go; None is silent.
         print_freq: steps between two lines; between them the host never waits for the device.
         shown: names of the averages on the terminal, besides the loss and the learning rate.
         bad: the data set's bad pictures, counted with every line.
+        max_skipped_steps: in a row; more end the run.
+        data_timeout_s: longest wait for data.
+        start_step, start_averages: where the first epoch begins, and what was averaged before.
+        averages: of the last whole epoch.
     """
 
     loader: StepLoader
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[float], float]
     device: torch.device
+    before_step: Callable[[int, int, Callable[[], Averages], bool], None]
+    save_now: Callable[[int, int, Averages], None]
+    signals: control.Signals
     seed: int = 0
     log: RunLog | None = None
     print_freq: int = 20
     shown: tuple[str, ...] = ("grad_norm",)
     bad: BadPictures | None = None
+    max_skipped_steps: int = 10
+    data_timeout_s: float = 1800.0
+    start_step: int = 0
+    start_averages: dict = field(default_factory=dict)
+    averages: Averages | None = field(init=False, default=None)
 
-    def run(self, epoch: int, train_step: TrainStep) -> dict[str, float]:
-        """Train for `epoch`; means of whatever `train_step` averaged, over the epoch and all processes.
-
-        Raises:
-            FloatingPointError: the loss or the gradient is not finite where a line is due.
-        """
+    def run(self, epoch: int, update: GradientStep, train_step: TrainStep) -> dict[str, float]:
+        """Train for `epoch`; means of whatever `train_step` averaged, over the epoch and all processes."""
         total, window, clock, window_images = Averages(self.device), Averages(self.device), Stopwatch(), 0
-        data_wait, data = DataWait(self.device), {}
-        for step, micro_batches in self.loader.steps(epoch):
-            global_step = epoch * len(self.loader) + step
-            seeding.seed_step(self.seed, global_step, dist.rank())
-            lr = self.learning_rate(epoch + step / len(self.loader))
+        data_wait, data, suspects = DataWait(self.device), {}, []
+        total.load(self.start_averages)
+        start, self.start_step, self.start_averages = self.start_step, 0, {}
+        steps, num_steps = self.loader.steps(epoch, start), len(self.loader)
+        for step in range(start, num_steps):
+            micro_batches, interrupted = self._fetch(steps, data_wait)
+            self.before_step(epoch, step, functools.partial(Averages.merged, total, window), interrupted)
+            seeding.seed_step(self.seed, epoch * num_steps + step, dist.rank())
+            lr = self.learning_rate(epoch + step / num_steps)
             lr_sched.set_learning_rate(self.optimizer, lr)
-            images, norm = train_step(data_wait.timed(micro_batches), window)
-            window.add("lr", lr)
-            window.add("grad_norm", norm)
-            window_images += images
-            if step % self.print_freq == 0 or step == len(self.loader) - 1:
+            outcome = train_step(micro_batches, window)
+            suspects.append((micro_batches, outcome.loss))
+            self._count(window, lr, outcome)
+            window_images += outcome.images
+            if step % self.print_freq == 0 or step == num_steps - 1:
                 total.merge(window)
                 values = window.read()
                 values["images_per_s"] = clock.rate(window_images * dist.world_size())
@@ -68,7 +86,24 @@ class EpochLoop:
                 window_images = 0
                 data = self._data(data_wait, total)
                 self._report(values | data, epoch, step + 1)
+                if update.most_skipped_in_a_row > self.max_skipped_steps:
+                    self._give_up(epoch, step + 1, total, update, suspects)
+                suspects.clear()
+        self.averages = total
         return total.read() | {name: data[name] for name in data if name == "bad_images"}
+
+    def _fetch(self, steps, data_wait: DataWait) -> tuple[list[MicroBatch], bool]:
+        """All micro-batches of the next step, and whether a signal ended the waiting for them."""
+        try:
+            with self.signals.waiting_for(self.loader.awaited, self.data_timeout_s):
+                return list(data_wait.timed(next(steps)[1])), False
+        except control.Interrupted:
+            return [], True
+
+    def _count(self, window: Averages, lr: float, outcome: StepOutcome) -> None:
+        window.add("lr", lr)
+        window.add("grad_norm", outcome.norm, 1 - outcome.skipped.double())
+        window.add("skipped_steps", outcome.skipped)
 
     def _data(self, data_wait: DataWait, total: Averages) -> dict[str, float]:
         """What is to be said of the data since the last line. Processes must call it together."""
@@ -80,15 +115,26 @@ class EpochLoop:
         return {"data_wait": share} | ({"bad_images": self.bad.collect(self.device)} if self.bad is not None else {})
 
     def _report(self, values: dict[str, float], epoch: int, done: int) -> None:
-        steps = len(self.loader)
-        for name, what in (("loss", "loss"), ("grad_norm", "gradient's norm")):
-            if not math.isfinite(values[name]):
-                raise FloatingPointError(
-                    f"the {what} is {values[name]} in epoch {epoch} at step {done} of {steps}; "
-                    "lower --blr, add --clip_grad 1, or use --amp bf16 or none"
-                )
         if self.log is not None:
             shown = ("loss", "lr", "images_per_s", "data_wait", *self.shown)
-            shown += ("bad_images",) if values.get("bad_images") else ()
+            shown += tuple(name for name in ("bad_images", "skipped_steps") if values.get(name))
+            steps = len(self.loader)
             self.log.progress(f"epoch {epoch}", done, steps, {name: values[name] for name in shown})
             self.log.scalars({f"train/{name}": value for name, value in values.items()}, epoch * steps + done)
+
+    def _give_up(self, epoch: int, step: int, total: Averages, update: GradientStep, suspects: list) -> NoReturn:
+        """Too many steps in a row were skipped: save the weights, which none of them has touched, and say whose loss."""
+        self.save_now(epoch, step, total)
+        indices = [i for batches, loss in suspects if not loss.isfinite() for b in batches for i in b.indices]
+        names = ", ".join(map(self.loader.dataset.name, indices[:16])) + (", ..." if len(indices) > 16 else "")
+        where = f"the loss of rank {dist.rank()} was not finite on {names}" if indices else ""
+        if dist.is_main():
+            print(
+                f"error: {update.most_skipped_in_a_row} steps in a row were skipped, more than --max_skipped_steps "
+                f"{self.max_skipped_steps}, because loss or gradient was not finite (epoch {epoch}, up to step {step}); "
+                "the checkpoint is good: lower --blr, add --clip_grad 1, or use --amp bf16 or none, and run it again",
+                file=sys.stderr,
+            )
+        if where:
+            print(where, file=sys.stderr, flush=True)
+        raise SystemExit(1)

@@ -52,17 +52,43 @@ class Averages:
         for name, pair in other._extremes.items():
             self._extremes[name] = torch.maximum(self._extremes[name], pair) if name in self._extremes else pair
 
+    @staticmethod
+    def merged(*parts: Averages) -> Averages:
+        """One that has counted everything that `parts` have."""
+        whole = Averages(parts[0].device)
+        for part in parts:
+            whole.merge(part)
+        return whole
+
     def read(self) -> dict[str, float]:
         """All means and extremes over all processes."""
         if not self._sums:
             return {}
         sums = dist.all_reduce(torch.stack(list(self._sums.values()))).tolist()
-        result = {name: total / count for name, (total, count) in zip(self._sums, sums, strict=True)}
+        nothing = float("nan")
+        result = {name: total / count if count else nothing for name, (total, count) in zip(self._sums, sums, strict=True)}
         if self._extremes:
             extremes = dist.all_reduce(torch.stack(list(self._extremes.values())), "max").tolist()
             for name, (low, high) in zip(self._extremes, extremes, strict=True):
                 result |= {f"{name}_min": -low, f"{name}_max": high}
         return result
+
+    def state(self) -> dict[str, dict[str, list[float]]]:
+        """What was counted in all processes, as plain numbers. All processes call it together."""
+        parts = {"sums": (self._sums, "sum"), "extremes": (self._extremes, "max")}
+        found: dict[str, dict[str, list[float]]] = {}
+        for part, (values, op) in parts.items():
+            stacked = torch.stack(list(values.values())) if values else torch.zeros(0, 2, device=self.device)
+            found[part] = dict(zip(values, dist.all_reduce(stacked.double(), op).tolist(), strict=True))
+        return found
+
+    def load(self, state: dict[str, dict[str, list[float]]]) -> None:
+        """Count what `state` holds, once among all processes."""
+        for name, pair in state.get("sums", {}).items():
+            values = torch.tensor(pair if dist.is_main() else [0.0, 0.0], dtype=torch.float64, device=self.device)
+            self._sums[name] = self._sums[name] + values if name in self._sums else values
+        for name, pair in state.get("extremes", {}).items():
+            self._extremes[name] = torch.tensor(pair, dtype=torch.float64, device=self.device)
 
     def _scalar(self, value: torch.Tensor | float) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
@@ -77,9 +103,12 @@ class RunLog:
         output_dir: where `log.txt` goes; None writes no files, for a run that only evaluates.
         log_dir: where TensorBoard's events go.
         start_epoch: lines of `log.txt` from this epoch on are dropped, because these epochs are run again.
+        start_step: likewise TensorBoard's points from this step on.
     """
 
-    def __init__(self, output_dir: Path | None, log_dir: Path | None = None, start_epoch: int = 0):
+    def __init__(
+        self, output_dir: Path | None, log_dir: Path | None = None, start_epoch: int = 0, start_step: int = 0
+    ):
         self._bar: tqdm | None = None
         self._said: set[str] = set()
         self._writer = None
@@ -88,7 +117,7 @@ class RunLog:
         self._path = output_dir / "log.txt"
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(log_dir))
+        self._writer = SummaryWriter(str(log_dir), purge_step=start_step + 1 if start_step else None)
         if self._path.is_file():
             kept = [line for line in self._path.read_text().splitlines() if _epoch(line) < start_epoch]
             temporary = self._path.with_name("log.txt.tmp")

@@ -43,7 +43,11 @@ class LARS(torch.optim.Optimizer):
 
     Tensors of two and more dimensions: g <- g + weight_decay p, scaled by trust_coefficient |p| / |g| (by 1 where
     either norm is 0). 1-D tensors: the raw gradient. Then m <- momentum m + g, p <- p - lr m.
+
+    Nothing changes where the attribute `found_inf`, which `GradScaler` and `GradientStep` set, is 1.
     """
+
+    _step_supports_amp_scaling = True  # `found_inf` is read on the device
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust_coefficient=0.001):
         defaults = {
@@ -74,5 +78,11 @@ class LARS(torch.optim.Optimizer):
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        state["momentum_buffer"].mul_(group["momentum"]).add_(gradient)
-        parameter.add_(state["momentum_buffer"], alpha=-group["lr"])
+        buffer, found_inf = state["momentum_buffer"], getattr(self, "found_inf", None)
+        after = buffer * group["momentum"] + gradient
+        change = after * -group["lr"]
+        if found_inf is not None:
+            skip = found_inf.to(buffer.device) > 0
+            after, change = torch.where(skip, buffer, after), torch.where(skip, 0.0, change)
+        buffer.copy_(after)
+        parameter.add_(change)

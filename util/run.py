@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from util import checkpoint, dist, lr_sched, precision, provenance, seeding
+from util import checkpoint, control, dist, lr_sched, precision, provenance, seeding
 from util.batches import StepLoader, StepPlan
 from util.config import Settings
 from util.datasets import ImageSet, SeededImages
 from util.epoch import EpochLoop
-from util.log import RunLog
+from util.log import Averages, RunLog
+from util.saver import Saver
 
 # What a parameter group takes from the command line even when it continues a checkpoint.
 _OWN_OPTIONS = {"weight_decay", "lr_scale"}
@@ -40,11 +44,12 @@ def check_output_dir(settings: Settings) -> None:
         warnings.warn(f"--num_workers {settings.num_workers}: this machine has {cores} cores", stacklevel=2)
 
 
-def check_resumed(settings: Settings, path: str | Path, content: dict, model: nn.Module) -> dict:
+def check_resumed(settings: Settings, path: str | Path, content: dict, model: nn.Module, steps_per_epoch: int) -> dict:
     """`content` of the checkpoint to continue, if it fits `model` (the meta device will do) and the settings.
 
     Raises:
-        ValueError: of another architecture, without an optimizer, or of another effective batch size.
+        ValueError: of another architecture, without an optimizer, of another effective batch size, or stopped within an
+            epoch of another number of steps.
     """
     checkpoint.check_state(path, model, checkpoint.model_state(content, path))
     optimizer = content.get("optimizer")
@@ -58,7 +63,19 @@ def check_resumed(settings: Settings, path: str | Path, content: dict, model: nn
             f"{path}: its run had an effective batch of {before} images, this one has {now}; "
             f"continue it with --effective_batch_size {before}, or start a new --output_dir"
         )
+    before = content.get("steps_per_epoch", steps_per_epoch)
+    if before != steps_per_epoch and steps_into_epoch(content, before):
+        raise ValueError(
+            f"{path}: it was written within an epoch of {before} steps, and the pictures of --data_path make "
+            f"{steps_per_epoch}; continue with the pictures it had, or start a new --output_dir with --finetune {path}"
+        )
     return content
+
+
+def steps_into_epoch(content: dict, steps_per_epoch: int) -> int:
+    """How many steps of the epoch after `epoch` a checkpoint has done."""
+    done = content["epoch"] + 1
+    return max(0, content.get("step", 0) - done * content.get("steps_per_epoch", steps_per_epoch))
 
 
 def effective_batch_size(settings: Settings) -> int:
@@ -82,7 +99,11 @@ class Run:
         settings: what was asked for.
         device, amp: where and in which format it computes.
         content: the checkpoint it continues from, or None.
+        agreement: what the processes decide together.
+        signals: what the system asks of this process.
         log: where its numbers go.
+        start_epoch, start_step: where it begins.
+        steps_per_epoch: optimizer steps in an epoch, once known.
         best: best accuracy on the validation images so far, where there is one.
         classes: names of the classes, where there are some.
     """
@@ -91,8 +112,14 @@ class Run:
     device: torch.device
     amp: str
     content: dict | None
+    agreement: control.Agreement
+    signals: control.Signals
     log: RunLog = field(init=False)
+    saver: Saver | None = field(init=False, default=None)
     start_epoch: int = field(init=False, default=0)
+    start_step: int = field(init=False, default=0)
+    start_averages: dict = field(init=False, default_factory=dict)
+    steps_per_epoch: int = field(init=False, default=0)
     best: float = field(init=False, default=0.0)
     classes: tuple[str, ...] = field(init=False, default=())
 
@@ -104,8 +131,10 @@ class Run:
         if self.content is not None:
             self.start_epoch = self.content["epoch"] + 1
             self.best = self.content.get("best_acc1", 0.0)
-        self.log = RunLog(Path(settings.output_dir), Path(settings.log_dir or settings.output_dir), self.start_epoch)
+        folder, done = Path(settings.output_dir), self.content.get("step", 0) if self.content is not None else 0
+        self.log = RunLog(folder, Path(settings.log_dir or folder), self.start_epoch, done)
         if dist.is_main():
+            self.saver = Saver(folder, settings.save_every_minutes, settings.keep_last)
             resolved = self._resolved()
             description = provenance.describe(settings.as_dict(), resolved)
             provenance.write_config(Path(settings.output_dir) / "config.yaml", description)
@@ -119,7 +148,17 @@ class Run:
         seeding.seed_all(seeding.derive(settings.seed, seeding.MODEL))
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what is neither autocast nor salience
-        return Run(settings, device, precision.resolve_amp(settings.amp, device), content)
+        amp, agreement = precision.resolve_amp(settings.amp, device), control.Agreement(settings.dist_timeout)
+        return Run(settings, device, amp, content, agreement, control.Signals())
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        """Give the signals back; say which process is missing if that is why this one ends."""
+        self.signals.restore()
+        if isinstance(error, RuntimeError):
+            self.agreement.explain(error)
 
     def _resolved(self) -> dict:
         world_size = dist.world_size()
@@ -165,22 +204,33 @@ class Run:
     def loop(
         self, loader: StepLoader, optimizer: torch.optim.Optimizer, shown: tuple[str, ...] = ("grad_norm",)
     ) -> EpochLoop:
-        """The epoch loop over `loader` with this run's schedule, seed and log."""
+        """The epoch loop over `loader` with this run's schedule, seed, log and checkpoints."""
         settings = self.settings
         return EpochLoop(
             loader,
             optimizer,
             self.learning_rate,
             self.device,
-            settings.seed,
-            self.log,
-            settings.print_freq,
-            shown,
-            loader.dataset.bad,
+            self._before_step,
+            self.save_now,
+            self.signals,
+            seed=settings.seed,
+            log=self.log,
+            print_freq=settings.print_freq,
+            shown=shown,
+            bad=loader.dataset.bad,
+            max_skipped_steps=settings.max_skipped_steps,
+            data_timeout_s=settings.dist_timeout,
+            start_step=self.start_step,
+            start_averages=self.start_averages,
         )
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
-        """Load the checkpoint this run continues from, if any; its memory is freed."""
+    def restore(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, steps_per_epoch: int
+    ) -> None:
+        """Train `model`, the bare one, with these; from the checkpoint this run continues from, if any."""
+        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        self.steps_per_epoch = steps_per_epoch
         if self.content is None:
             return
         model.load_state_dict(checkpoint.model_state(self.content))
@@ -190,45 +240,83 @@ class Run:
             group.update(options)  # this command's, not those of the checkpoint
         if self.content.get("scaler"):
             scaler.load_state_dict(self.content["scaler"])
-        self.log.say(f"continuing after epoch {self.content['epoch']}")
-        self.content = None
+        self.start_step = steps_into_epoch(self.content, steps_per_epoch)
+        self.start_averages = self.content.get("averages") or {}
+        within = f" and {self.start_step} steps" if self.start_step else ""
+        self.log.say(f"continuing after epoch {self.content['epoch']}{within}")
+        self.content = None  # its memory is free
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left."""
         return iter(range(self.start_epoch, self.settings.epochs))
 
-    def save(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler,
-        epoch: int,
-        steps_per_epoch: int,
-    ) -> None:
-        """Write checkpoint-last.pth, and checkpoint-{epoch}.pth every `save_every_epochs` and at the end."""
-        if not dist.is_main():
+    def save_epoch(self, epoch: int) -> None:
+        """Write checkpoint-last.pth after `epoch`; also checkpoint-{epoch}.pth every `save_every_epochs` and at the end."""
+        every, at_end = self.settings.save_every_epochs, epoch + 1 == self.settings.epochs
+        keep = every is not None and epoch >= 0 and (epoch % every == 0 or at_end)
+        self._save(epoch, (epoch + 1) * self.steps_per_epoch, {}, epoch if keep else None)
+
+    def save_now(self, epoch: int, step: int, averages: Averages) -> None:
+        """Write checkpoint-last.pth before `step` of `epoch`, and wait until it is on disk. All processes together."""
+        self._save(epoch - 1, epoch * self.steps_per_epoch + step, averages.state())
+        if self.saver is not None:
+            self.saver.wait()
+        self.agreement.maximum(0)  # the first process to leave makes the launcher end the others
+
+    def checked(self, batches: DataLoader, rounds: int, epoch: int, averages: Averages) -> Iterator[list]:
+        """`batches`, of which no process has more than `rounds`; if one is asked to stop, all leave together.
+
+        The run then continues after the last step of `epoch`, whose `averages` these are.
+        """
+        iterator = iter(batches)
+        for _ in range(rounds):
+            if self.agreement.maximum(self.signals.received is not None)[0]:
+                self._leave(epoch, self.steps_per_epoch, averages)
+            batch = next(iterator, None)
+            if batch is not None:
+                yield batch
+
+    def _before_step(self, epoch: int, step: int, averages: Callable[[], Averages], interrupted: bool) -> None:
+        asked = interrupted or self.signals.received is not None
+        stop, due = self.agreement.maximum(asked, self.saver is not None and self.saver.due())
+        if stop:
+            self._leave(epoch, step, averages())
+        if due:
+            self._save(epoch - 1, epoch * self.steps_per_epoch + step, averages().state())
+
+    def _leave(self, epoch: int, step: int, averages: Averages) -> NoReturn:
+        self.save_now(epoch, step, averages)
+        self.log.say(f"stopped by {self.signals.received or 'a signal to another process'} in epoch {epoch} before step "
+                     f"{step}; the same command continues there")
+        self.finish()
+        raise control.Preempted
+
+    def _save(self, epoch: int, step: int, averages: dict, keep_as: int | None = None) -> None:
+        if self.saver is None:
             return
-        bare = dist.unwrap(model)
         content = {
-            "model": bare.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "epoch": epoch,
-            "step": (epoch + 1) * steps_per_epoch,
+            "step": step,
+            "steps_per_epoch": self.steps_per_epoch,
+            "averages": averages,
             "args": self.settings.as_dict(),
-            "grid": list(bare.patch_embed.grid_size),
+            "grid": list(self.model.patch_embed.grid_size),
             "effective_batch_size": effective_batch_size(self.settings),
             "best_acc1": self.best,
             "classes": list(self.classes),
         }
-        folder = Path(self.settings.output_dir)
-        every, at_end = self.settings.save_every_epochs, epoch + 1 == self.settings.epochs
-        if every is not None and epoch >= 0 and (epoch % every == 0 or at_end):
-            checkpoint.save(folder / f"checkpoint-{epoch}.pth", content)
-        checkpoint.save(folder / checkpoint.LAST, content)
+        self.saver.save(content, keep_as)
 
     def finish(self) -> None:
-        """Close the files and leave the process group."""
+        """Wait for the last checkpoint, close the files and leave the process group."""
+        failure = self.saver.finish() if self.saver is not None else ""
         self.log.close()
-        dist.barrier()
+        failed = self.agreement.maximum(bool(failure))[0]
         dist.finish()
+        if failure:
+            print(failure, file=sys.stderr, flush=True)
+        if failed:
+            raise SystemExit(1)

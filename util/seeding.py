@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 # Streams: the same numbers in another role must not give the same random state.
-ORDER, SAMPLE, STEP, MODEL = range(4)
+ORDER, SAMPLE, STEP, MODEL, NOISE = range(5)
 
 
 def derive(seed: int, *keys: int) -> int:
@@ -30,6 +30,16 @@ def seed_all(seed: int) -> None:
 def seed_step(seed: int, step: int, rank: int) -> None:
     """State for one optimizer step on one rank: masking noise, drop path, mixup."""
     seed_all(derive(seed, STEP, step, rank))
+
+
+def step_noise(seed: int, step: int, places: range, step_size: int, length: int, device: torch.device) -> torch.Tensor:
+    """U[0, 1) for each token of the samples `places` of a step of `step_size` samples: (len(places), length), fp32.
+
+    A sample's noise does not depend on how the step is shared out over processes and micro-batches.
+    """
+    generator = torch.Generator(device).manual_seed(derive(seed, NOISE, step))
+    noise = torch.rand(step_size, length, generator=generator, device=device)
+    return noise[places.start : places.stop : places.step]
 
 
 @contextlib.contextmanager

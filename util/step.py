@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from util import dist
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one optimizer step was.
+
+    Attributes:
+        images: of this process.
+        loss: this process's sum of losses, 0-dim.
+        norm: of the gradient, before clipping, 0-dim; 0 where the step was skipped.
+        skipped: 0-dim bool, the same on all processes: loss or gradient was not finite, so nothing was changed.
+    """
+
+    images: int
+    loss: torch.Tensor
+    norm: torch.Tensor
+    skipped: torch.Tensor
+
+    def counted(self, value: torch.Tensor | float) -> torch.Tensor:
+        """`value`, or 0 where the step was skipped: a mean leaves it out."""
+        return torch.where(self.skipped, 0.0, value)
 
 
 class GradientStep:
@@ -36,6 +58,7 @@ class GradientStep:
     ):
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.nominal_count, self.clip_grad = nominal_count, clip_grad
+        self._in_a_row = self._most_in_a_row = torch.zeros((), dtype=torch.int64)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def sync(self, last: bool):
@@ -48,23 +71,43 @@ class GradientStep:
         """Add the gradient of a sum of losses."""
         self.scaler.scale(loss_sum / self.nominal_count).backward()
 
-    def apply(self, count: torch.Tensor) -> torch.Tensor:
-        """Divide by the global number of terms, clip, step, clear. `count`: this process's number of terms, 0-dim.
+    def apply(self, count: torch.Tensor, loss: torch.Tensor, images: int) -> StepOutcome:
+        """Divide by the global number of terms, clip, step, clear.
 
-        Returns:
-            The gradient's norm before clipping, 0-dim, on the device.
+        A step whose loss or gradient is not finite on any process changes nothing on all; the host does not wait to
+        know.
+
+        Args:
+            count, loss: this process's number of terms, and their sum, 0-dim.
+            images: of this process, for the outcome.
         """
-        total = dist.all_reduce(count.detach().clone().float())
+        total, global_loss = dist.all_reduce(torch.stack([count.detach().float(), loss.detach().float()])).unbind()
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # DistributedDataParallel has averaged over the processes; undo that along with the nominal count.
         torch._foreach_mul_(gradients, self.nominal_count * dist.world_size() / total)
         norm = nn.utils.get_total_norm(gradients)
+        skipped = ~(norm.isfinite() & global_loss.isfinite())
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
-        if self.scaler.is_enabled():  # fp16 overflows now and then; the scaler skips such a step, the log counts 0
-            norm = torch.where(norm.isfinite(), norm, 0.0)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self._step_unless(skipped)
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        self._in_a_row = (self._in_a_row.to(norm.device) + 1) * skipped
+        self._most_in_a_row = torch.maximum(self._most_in_a_row.to(norm.device), self._in_a_row)
+        return StepOutcome(images, loss.detach(), torch.where(skipped, 0.0, norm), skipped)
+
+    @property
+    def most_skipped_in_a_row(self) -> int:
+        """The longest series of skipped steps so far. The host waits for the device."""
+        return int(self._most_in_a_row)
+
+    def _step_unless(self, skipped: torch.Tensor) -> None:
+        if self.scaler.is_enabled():  # it has seen the same gradients, and lowers its scale as well
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):  # the kernel reads the flag by itself
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
+            self.optimizer.step()
+            del self.optimizer.grad_scale, self.optimizer.found_inf
+        elif not skipped:
+            self.optimizer.step()

@@ -1,0 +1,143 @@
+"""Leaving in good order: a signal sets a flag, all processes agree on it at the next step, nobody waits in vain."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as td
+
+from util import dist
+
+# Exit status of a run that was asked to stop and has written a checkpoint: the same command continues (EX_TEMPFAIL).
+PREEMPTED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_NAMING_S = 5
+_STALL_S = 60.0
+
+
+class Preempted(SystemExit):
+    """All processes leave because one was asked to; the checkpoint is on disk."""
+
+    def __init__(self):
+        super().__init__(PREEMPTED)
+
+
+class Interrupted(Exception):
+    """A signal came while this process was waiting for data."""
+
+
+class Signals:
+    """SIGTERM, SIGINT and SIGUSR2 set `received`; a second SIGINT leaves at once."""
+
+    def __init__(self):
+        self.received: str | None = None
+        self._waiting = False
+        self._awaited: Callable[[], str] | None = None
+        self._waited_s = 0.0
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            handlers = dict.fromkeys(SIGNALS, self._handle) | {signal.SIGALRM: self._report_stall}
+            self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+
+    def restore(self) -> None:
+        """Give the handlers back that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def waiting_for(self, awaited: Callable[[], str], timeout_s: float) -> Iterator[None]:
+        """Within it a signal ends the waiting: `Interrupted` is raised.
+
+        Every minute stderr is told what is `awaited`; after `timeout_s` seconds it is the last thing that is told.
+        """
+        if self.received:
+            raise Interrupted
+        self._waiting, self._awaited, self._waited_s, self._timeout_s = True, awaited, 0.0, timeout_s
+        step = min(_STALL_S, timeout_s)
+        if self._before:
+            signal.setitimer(signal.ITIMER_REAL, step, step)
+        try:
+            yield
+        finally:
+            self._waiting = False
+            if self._before:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _report_stall(self, number: int, frame) -> None:
+        self._waited_s += min(_STALL_S, self._timeout_s)
+        text = f"rank {dist.rank()} has waited {self._waited_s:.0f} s for data, for {self._awaited()}"
+        if self._waited_s >= self._timeout_s:
+            print(f"error: {text}; --dist_timeout ends it here: look at the files and their disk", file=sys.stderr)
+            raise SystemExit(1)
+        print(text, file=sys.stderr, flush=True)
+
+    def _handle(self, number: int, frame) -> None:
+        if number == signal.SIGINT and self.received == "SIGINT":
+            raise SystemExit(130)
+        self.received = signal.Signals(number).name
+        if self._waiting:
+            self._waiting = False
+            raise Interrupted
+
+
+def ignore_signals(worker: int = 0) -> None:
+    """For a loader's worker: a signal to the whole job is for the training processes, which end their workers."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Agreement:
+    """What the processes decide together, on the host: the device is not waited for.
+
+    Args:
+        timeout_s: after which a process that waits for the others gives up.
+    """
+
+    def __init__(self, timeout_s: float):
+        self._group = self._watch = None
+        if td.is_initialized():
+            timeout = datetime.timedelta(seconds=timeout_s)
+            self._group = td.new_group(backend="gloo", timeout=timeout)
+            self._watch = td.new_group(backend="gloo", timeout=timeout)  # used once, when all else has failed
+
+    def maximum(self, *values: int) -> list[int]:
+        """The largest of each value over all processes."""
+        if self._group is None:
+            return list(values)
+        shared = torch.tensor(values)
+        td.all_reduce(shared, op=td.ReduceOp.MAX, group=self._group)
+        return shared.tolist()
+
+    def missing(self) -> str:
+        """After a failed exchange: which processes do not answer any more."""
+        if self._watch is None:
+            return ""
+        try:
+            td.monitored_barrier(self._watch, datetime.timedelta(seconds=_NAMING_S), wait_all_ranks=True)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+        return "all processes answer now"
+
+    def explain(self, error: RuntimeError) -> None:
+        """If `error` is an exchange that failed, end this process with one sentence that names who is missing."""
+        if self._watch is None or not _is_exchange(error):
+            return
+        print(
+            f"error: rank {dist.rank()} could not reach all other processes within --dist_timeout: {self.missing()} "
+            f"({str(error).splitlines()[0]}); the same command continues from the checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # threads of the exchange may never end
+
+
+def _is_exchange(error: Exception) -> bool:
+    words = ("timed out", "timeout", "connection closed", "connection reset", "gloo", "nccl", "unreachable")
+    return isinstance(error, td.DistError) or any(word in str(error).lower() for word in words)
