@@ -168,7 +168,7 @@ def candidates() -> dict[str, Crop]:
 
 
 def _pillow(data: bytes) -> torch.Tensor:
-    return torch.from_numpy(np.array(decode.to_picture(data, "RGB")))
+    return torch.from_numpy(np.array(decode.with_pillow(data, "RGB")))
 
 
 def _with_decoder(decoder: Callable[[bytes], torch.Tensor]) -> Crop:

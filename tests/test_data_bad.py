@@ -91,7 +91,8 @@ BAD = {
 def test_what_can_be_shown_is_shown(name, channels):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        picture = decode.to_picture(GOOD[name], decode.MODES[channels])
+        picture = decode.with_pillow(GOOD[name], decode.MODES[channels])
+    assert decode.to_picture(GOOD[name], decode.MODES[channels]).tobytes() == picture.tobytes()
     pixels = decode.to_pixels(GOOD[name], channels)
     expected = np.asarray(picture).reshape(picture.height, picture.width, channels)
     np.testing.assert_array_equal(pixels.numpy(), expected)  # both ways of decoding agree to the bit
@@ -186,7 +187,7 @@ def test_damaged_files_never_crash_and_both_decoders_agree():
             if data:
                 data[random.randrange(len(data))] = random.randrange(256)
         found = []
-        for decoder in (lambda d: np.asarray(decode.to_picture(d, "RGB")), lambda d: decode.to_pixels(d, 3).numpy()):
+        for decoder in (lambda d: np.asarray(decode.with_pillow(d, "RGB")), lambda d: decode.to_pixels(d, 3).numpy()):
             try:
                 found.append(decoder(bytes(data)))
             except Exception:

@@ -25,26 +25,41 @@ def to_picture(content: Content, mode: str) -> Image.Image:
     Raises:
         Exception: of any type, if it cannot be decoded; libraries raise many.
     """
+    pixels = _plain_jpeg(content) if mode == "RGB" else None
+    return with_pillow(content, mode) if pixels is None else Image.fromarray(pixels.numpy())
+
+
+def with_pillow(content: Content, mode: str) -> Image.Image:
+    """The same by Pillow alone, which is slower for JPEGs, and the judge of what can be decoded."""
     if isinstance(content, np.ndarray):
         return _eight_bits(Image.fromarray(content.squeeze())).convert(mode)
     with Image.open(io.BytesIO(content)) as image:
         image.load()
         shown = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else _eight_bits(image)
-        return ImageOps.exif_transpose(shown).convert(mode)
+        ImageOps.exif_transpose(shown, in_place=True)
+        return shown.convert(mode) if shown.mode != mode else shown
 
 
 def to_pixels(content: Content, channels: int) -> torch.Tensor:
-    """The same pixels as a tensor (H, W, C), by the fastest way. `uint8`; fp32 for arrays of other types.
+    """The same pixels as a tensor (H, W, C), `uint8`; fp32 for arrays of other types.
 
     Arrays keep their channels, which must be as many as `channels`. `uint16` becomes 0..1, floats stay what they are.
     """
     if isinstance(content, np.ndarray) and not (content.dtype == np.uint8 and content.squeeze().ndim == 2):
         return _from_array(content, channels)
-    if channels == 3 and isinstance(content, bytes) and _is_plain_jpeg(content) and fast_jpeg() is not None:
-        with contextlib.suppress(RuntimeError):  # what is damaged, Pillow judges
-            return fast_jpeg()(content, mode="RGB").permute(1, 2, 0)  # as contiguous as it comes
-    pixels = torch.from_numpy(np.array(to_picture(content, MODES[channels])))
+    pixels = _plain_jpeg(content) if channels == 3 else None
+    if pixels is None:
+        pixels = torch.from_numpy(np.array(with_pillow(content, MODES[channels])))
     return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def _plain_jpeg(content: Content) -> torch.Tensor | None:
+    """(H, W, 3) of a JPEG, by the faster decoder; None for what is no JPEG, or too damaged for it: Pillow judges."""
+    if not isinstance(content, bytes) or not _has_plain_header(content) or fast_jpeg() is None:
+        return None
+    with contextlib.suppress(RuntimeError):
+        return fast_jpeg()(content, mode="RGB").permute(1, 2, 0)  # contiguous, as it was decoded
+    return None
 
 
 def reason(error: Exception) -> str:
@@ -89,7 +104,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return scaled
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
+def _has_plain_header(data: bytes) -> bool:
     """True for a JPEG whose header states a size that is no decompression bomb: Pillow judges all others."""
     place = 2
     while data[:2] == b"\xff\xd8" and place + 9 < len(data) and data[place] == 0xFF:
