@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import pickle
+import random
+import resource
 
 import pytest
 import torch
 from helpers import tiny_mae
 
 from util import checkpoint
+from util.saver import Saver
 
 
 def test_a_published_checkpoint_with_a_pickled_namespace_loads(tmp_path):
@@ -80,8 +83,107 @@ def test_differing_tensors_are_named():
         checkpoint.check_state("x.pth", tiny_mae(), state)
 
 
-def test_the_own_checkpoint_comes_before_resume(tmp_path):
-    assert checkpoint.resume_path(tmp_path, None) is None
-    assert str(checkpoint.resume_path(tmp_path, "other.pth")) == "other.pth"
-    checkpoint.save(tmp_path / checkpoint.LAST, {})
-    assert checkpoint.resume_path(tmp_path, "other.pth") == tmp_path / checkpoint.LAST
+def fill(folder, steps=(1, 2)):
+    """A run's folder with two generations of the last checkpoint."""
+    saver = Saver(folder, every_minutes=10, keep_last=None)
+    for step in steps:
+        saver.save({"model": tiny_mae().state_dict(), "step": step})
+    assert saver.finish() == ""
+
+
+def test_the_newest_whole_checkpoint_is_found(tmp_path):
+    assert checkpoint.find_own(tmp_path) is None
+    fill(tmp_path)
+    assert checkpoint.find_own(tmp_path)[1]["step"] == 2
+    (tmp_path / checkpoint.LAST).unlink()  # killed between the two renames
+    assert checkpoint.find_own(tmp_path)[1]["step"] == 1
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_truncated_checkpoint_gives_way_to_the_one_before(tmp_path, tenth):
+    fill(tmp_path)
+    last = tmp_path / checkpoint.LAST
+    last.write_bytes(last.read_bytes()[: last.stat().st_size * tenth // 10])
+    with pytest.warns(UserWarning, match="checkpoint-last.pth: damaged") as warned:
+        path, content = checkpoint.find_own(tmp_path)
+    assert (path.name, content["step"], len(warned)) == (checkpoint.PREVIOUS, 1, 1)
+
+
+def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
+    """Alignment between tensors has no checksum, and needs none."""
+    fill(tmp_path)
+    last = tmp_path / checkpoint.LAST
+    whole, expected = last.read_bytes(), checkpoint.load(last)["model"]
+    rng, noticed = random.Random(0), 0
+    for _ in range(200):
+        data = bytearray(whole)
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        last.write_bytes(data)
+        try:
+            found = checkpoint.load(last)["model"]
+        except ValueError:
+            noticed += 1
+            continue
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert noticed > 100
+
+
+def test_all_damaged_is_said(tmp_path):
+    fill(tmp_path)
+    for name in (checkpoint.LAST, checkpoint.PREVIOUS):
+        (tmp_path / name).write_bytes(b"PK")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="all its checkpoints are damaged"):
+        checkpoint.find_own(tmp_path)
+
+
+def test_only_the_newest_are_kept_and_all_are_whole(tmp_path):
+    saver = Saver(tmp_path, every_minutes=10, keep_last=2)
+    for epoch in range(11):
+        saver.save({"model": {"weight": torch.full((2,), float(epoch))}, "epoch": epoch}, keep_as=epoch)
+    assert saver.finish() == ""
+    names = {"checkpoint-9.pth", "checkpoint-10.pth", checkpoint.LAST, checkpoint.PREVIOUS}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert checkpoint.load(tmp_path / "checkpoint-9.pth")["epoch"] == 9
+    assert checkpoint.load(tmp_path / checkpoint.PREVIOUS)["epoch"] == 9
+
+
+def test_what_is_saved_is_what_was_there_at_the_time(tmp_path):
+    weight, saver = torch.zeros(100_000), Saver(tmp_path, 10, None)
+    saver.save({"model": {"weight": weight}})
+    weight += 1
+    assert saver.finish() == ""
+    assert not checkpoint.load(tmp_path / checkpoint.LAST)["model"]["weight"].any()
+
+
+def test_weights_that_are_not_finite_replace_nothing(tmp_path):
+    fill(tmp_path)
+    with pytest.raises(FloatingPointError, match="weight is not finite"):
+        Saver(tmp_path, 10, None).save({"model": {"weight": torch.tensor([float("nan")])}})
+    assert checkpoint.find_own(tmp_path)[1]["step"] == 2
+
+
+def test_a_full_disk_is_survived_and_the_next_try_succeeds(tmp_path, capsys):
+    """The limit on the size of files makes the system refuse to write, as a full disk does."""
+    fill(tmp_path)
+    saver, before = Saver(tmp_path, 10, None), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        saver.save({"model": tiny_mae().state_dict(), "step": 3})
+        saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "no checkpoint could be written" in capsys.readouterr().err
+    assert checkpoint.find_own(tmp_path)[1]["step"] == 2
+    assert not list(tmp_path.glob("*.tmp"))
+    saver.save({"model": tiny_mae().state_dict(), "step": 4})
+    assert saver.finish() == ""
+    assert checkpoint.find_own(tmp_path)[1]["step"] == 4
+
+
+def test_a_folder_that_is_gone_fails_the_final_save_with_a_sentence(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    saver = Saver(folder, 10, None)
+    folder.rmdir()
+    saver.save({"model": {"weight": torch.zeros(2)}})
+    assert "the last checkpoint could not be written" in saver.finish()

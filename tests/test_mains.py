@@ -62,32 +62,6 @@ def test_tensorboard_holds_the_promised_curves(pictures, tmp_path):
     assert len(events.Scalars("train/loss")) == 2
 
 
-def test_an_interrupted_run_continues_as_if_it_had_not_been(pictures, tmp_path):
-    """Epoch by epoch, with other numbers of workers: the same losses and the same weights, bit for bit."""
-    more = ["--masking", "sbam_amr", "--lr", 1e-3]
-    whole = pretrain(pictures, tmp_path / "whole", *more, "--epochs", 3)
-    import util.run
-
-    class Interrupted(Exception):
-        pass
-
-    save = util.run.Run.save
-
-    def save_and_stop(self, model, optimizer, scaler, epoch, steps):
-        save(self, model, optimizer, scaler, epoch, steps)
-        if epoch == 0:
-            raise Interrupted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(util.run.Run, "save", save_and_stop)
-        with pytest.raises(Interrupted):
-            pretrain(pictures, tmp_path / "parts", *more, "--epochs", 3)
-    parts = pretrain(pictures, tmp_path / "parts", *more, "--epochs", 3, "--num_workers", 2)
-    assert [line["train_loss"] for line in parts] == [line["train_loss"] for line in whole]
-    states = [checkpoint.load(tmp_path / name / "checkpoint-last.pth")["model"] for name in ("whole", "parts")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
 def test_a_finished_run_does_nothing_more(pictures, tmp_path):
     pretrain(pictures, tmp_path)
     before = (tmp_path / "checkpoint-last.pth").read_bytes()
@@ -111,9 +85,9 @@ def test_masking_warm_up_is_random_first(pictures, tmp_path):
     assert "train_salient_share" in second
 
 
-def test_accumulation_does_not_change_a_run(pictures, tmp_path):
-    """Random masking draws per step and process, so the strategy here draws nothing."""
-    more = ["--masking", "sbam", "--masking_args", "randomness=0", "--effective_batch_size", 6, "--lr", 1e-3]
+@pytest.mark.parametrize("strategy", masking.available())
+def test_accumulation_does_not_change_a_run(pictures, tmp_path, strategy):
+    more = ["--masking", strategy, "--effective_batch_size", 6, "--lr", 1e-3]
     (one,) = pretrain(pictures, tmp_path / "one", *more, "--batch_size", 6)
     (three,) = pretrain(pictures, tmp_path / "three", *more, "--batch_size", 2)
     assert three["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)

@@ -153,6 +153,8 @@ def find_own(output_dir: str | Path) -> tuple[Path, dict] | None:
             continue
         return path, content
     if paths:
-        raise ValueError(f"--output_dir {output_dir}: all its checkpoints are damaged; name a good one with --resume "
-                         "and another --output_dir")
+        raise ValueError(
+            f"--output_dir {output_dir}: all its checkpoints are damaged; name a good one with --resume "
+            "and another --output_dir"
+        )
     return None

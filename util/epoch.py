@@ -123,7 +123,7 @@ class EpochLoop:
             self.log.scalars({f"train/{name}": value for name, value in values.items()}, epoch * steps + done)
 
     def _give_up(self, epoch: int, step: int, total: Averages, update: GradientStep, suspects: list) -> NoReturn:
-        """Too many steps in a row were skipped: save the weights, which none of them has touched, and say whose loss."""
+        """Too many steps in a row were skipped: save the weights, which they left alone, and say whose loss."""
         self.save_now(epoch, step, total)
         indices = [i for batches, loss in suspects if not loss.isfinite() for b in batches for i in b.indices]
         names = ", ".join(map(self.loader.dataset.name, indices[:16])) + (", ..." if len(indices) > 16 else "")
@@ -131,7 +131,7 @@ class EpochLoop:
         if dist.is_main():
             print(
                 f"error: {update.most_skipped_in_a_row} steps in a row were skipped, more than --max_skipped_steps "
-                f"{self.max_skipped_steps}, because loss or gradient was not finite (epoch {epoch}, up to step {step}); "
+                f"{self.max_skipped_steps}, because loss or gradient was not finite (epoch {epoch}, step {step}); "
                 "the checkpoint is good: lower --blr, add --clip_grad 1, or use --amp bf16 or none, and run it again",
                 file=sys.stderr,
             )

@@ -66,7 +66,9 @@ class Averages:
             return {}
         sums = dist.all_reduce(torch.stack(list(self._sums.values()))).tolist()
         nothing = float("nan")
-        result = {name: total / count if count else nothing for name, (total, count) in zip(self._sums, sums, strict=True)}
+        result = {
+            name: total / count if count else nothing for name, (total, count) in zip(self._sums, sums, strict=True)
+        }
         if self._extremes:
             extremes = dist.all_reduce(torch.stack(list(self._extremes.values())), "max").tolist()
             for name, (low, high) in zip(self._extremes, extremes, strict=True):
@@ -106,9 +108,7 @@ class RunLog:
         start_step: likewise TensorBoard's points from this step on.
     """
 
-    def __init__(
-        self, output_dir: Path | None, log_dir: Path | None = None, start_epoch: int = 0, start_step: int = 0
-    ):
+    def __init__(self, output_dir: Path | None, log_dir: Path | None = None, start_epoch: int = 0, start_step: int = 0):
         self._bar: tqdm | None = None
         self._said: set[str] = set()
         self._writer = None

@@ -251,7 +251,7 @@ class Run:
         return iter(range(self.start_epoch, self.settings.epochs))
 
     def save_epoch(self, epoch: int) -> None:
-        """Write checkpoint-last.pth after `epoch`; also checkpoint-{epoch}.pth every `save_every_epochs` and at the end."""
+        """Write checkpoint-last.pth after `epoch`; checkpoint-{epoch}.pth every `save_every_epochs` and at the end."""
         every, at_end = self.settings.save_every_epochs, epoch + 1 == self.settings.epochs
         keep = every is not None and epoch >= 0 and (epoch % every == 0 or at_end)
         self._save(epoch, (epoch + 1) * self.steps_per_epoch, {}, epoch if keep else None)
@@ -286,8 +286,10 @@ class Run:
 
     def _leave(self, epoch: int, step: int, averages: Averages) -> NoReturn:
         self.save_now(epoch, step, averages)
-        self.log.say(f"stopped by {self.signals.received or 'a signal to another process'} in epoch {epoch} before step "
-                     f"{step}; the same command continues there")
+        self.log.say(
+            f"stopped by {self.signals.received or 'a signal to another process'} in epoch {epoch} before step "
+            f"{step}; the same command continues there"
+        )
         self.finish()
         raise control.Preempted
 

@@ -66,8 +66,11 @@ class Saver:
         except OSError as error:
             self._failure = error
             self._next = min(self._next, time.monotonic() + _RETRY_S)
-            print(f"warning: no checkpoint could be written ({error}); training goes on, and tries again in a minute",
-                  file=sys.stderr, flush=True)
+            print(
+                f"warning: no checkpoint could be written ({error}); training goes on, and tries again in a minute",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def finish(self) -> str:
         """Wait, and write no more. What is to be said if the last one could not be written, else nothing."""
