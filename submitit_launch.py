@@ -2,74 +2,153 @@
 """Submit a main to SLURM: `submitit_launch.py pretrain --nodes 2 --ngpus 8 ... <the task's own flags>`.
 
 Everything that is not a launcher flag goes to the task. The flags are checked here, before anything is queued. A job
-that reaches its time limit or is preempted is queued again and continues from `checkpoint-last.pth`.
+that reaches its time limit or is preempted writes a checkpoint, is queued again, and continues from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
+from typing import NoReturn
 
-from util import cli
-from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings
+from util import cli, slurm
+from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings, Settings
 
 TASKS = {"pretrain": PretrainSettings, "finetune": FinetuneSettings, "linprobe": LinprobeSettings}
 ROOT = Path(__file__).resolve().parent
+AT_LEAST_ONE = ("nodes", "ngpus", "timeout", "mem", "cpus_per_task")
 
 
 class Job:
-    """What every process of the job runs: a main, with the process group that SLURM describes."""
+    """What every process of the job runs: a main. Pickled by submitit, and the same whenever the job starts again."""
 
     def __init__(self, task: str, argv: list[str]):
         self.task, self.argv, self.root = task, argv, str(ROOT)
 
     def __call__(self) -> None:
-        import submitit
-
         sys.path.insert(0, self.root)
-        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
-        os.environ["LOCAL_WORLD_SIZE"] = str(submitit.JobEnvironment().num_tasks // submitit.JobEnvironment().num_nodes)
-        importlib.import_module(f"main_{self.task}").main(self.argv)
+        from util import slurm
 
-    def checkpoint(self):
-        """Called by submitit before the time limit and on preemption: the same job again."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)
+        slurm.describe_rank()
+        with slurm.requeued():
+            importlib.import_module(f"main_{self.task}").main(self.argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check, submit, print the job's number and where its logs are."""
+    """Check, then submit, print or run."""
     given, task_argv = make_parser().parse_known_args(argv)
-    try:
-        import submitit
-    except ImportError:
-        print("submitit_launch.py: error: submitit is missing; pip install submitit", file=sys.stderr)
-        sys.exit(2)
-
-    os.environ["WORLD_SIZE"] = str(given.nodes * given.ngpus)  # the checks depend on it
-    try:
-        settings = cli.parse(TASKS[given.task], task_argv)
-    finally:
-        del os.environ["WORLD_SIZE"]
+    with cli.exit_on_user_error():
+        check(given)
+    settings = check_task(given, task_argv)
     folder = Path(given.job_dir or settings.output_dir).resolve()
     if settings.output_dir == TASKS[given.task]().output_dir:  # neither a flag nor the file names one
         task_argv += ["--output_dir", str(folder)]
-    # submitit gives up after 3 time limits by default; pre-training takes as many as it takes.
-    executor = submitit.AutoExecutor(folder / "submitit", cluster=given.cluster, slurm_max_num_timeout=100_000)
-    executor.update_parameters(**parameters(given))
-    job = executor.submit(Job(given.task, task_argv))
-    print(f"submitted job {job.job_id}; logs in {folder / 'submitit'}")
     if given.cluster == "local":
-        job.results()  # there is no queue to leave it in
+        run_here(given, task_argv)
+        return
+    with cli.exit_on_user_error():
+        submit(given, Job(given.task, task_argv), folder / "submitit")
+
+
+def check(given: argparse.Namespace) -> None:
+    """ValueError for launcher flags that cannot work."""
+    for name in AT_LEAST_ONE:
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value}: must be at least 1")
+    if given.cluster == "local" and given.nodes > 1:
+        raise ValueError(f"--nodes {given.nodes}: --cluster local is this machine alone; leave it out")
+
+
+def check_task(given: argparse.Namespace, task_argv: list[str]) -> Settings:
+    """The task's settings, checked for all processes of the job."""
+    os.environ["WORLD_SIZE"] = str(given.nodes * given.ngpus)
+    try:
+        return cli.parse(TASKS[given.task], task_argv)
+    finally:
+        del os.environ["WORLD_SIZE"]
+
+
+def run_here(given: argparse.Namespace, task_argv: list[str]) -> None:
+    """Become torchrun, or the main itself where there is one process: signals and exit status are theirs."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={given.ngpus}"]
+    command = [sys.executable, *(torchrun if given.ngpus > 1 else []), str(ROOT / f"main_{given.task}.py"), *task_argv]
+    if given.dry_run:
+        print(shlex.join(command))
+        return
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+def submit(given: argparse.Namespace, job: Job, folder: Path) -> None:
+    """Submit `job`, whose script, pickle and logs go to `folder`. ValueError if SLURM is missing or refuses."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise ValueError("submitit is missing; pip install submitit") from error
+
+    class Executor(submitit.SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:
+            return 1  # a script can be printed where there is no SLURM
+
+    executor = Executor(folder)
+    executor.update_parameters(**parameters(given))
+    if given.dry_run:
+        print(executor._make_submission_file_text(executor._submitit_command_str, "dry_run"))
+        return
+    if shutil.which("sbatch") is None:
+        raise ValueError("sbatch is not on this machine; use one of a SLURM cluster's, --dry_run, or --cluster local")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
+            submitted = executor.submit(job)
+    except submitit.core.utils.FailedJobError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"SLURM refuses the job: {reason.removeprefix('sbatch: error: ')}") from error
+    print(f"submitted job {submitted.job_id}; logs in {folder}")
+
+
+def parameters(given: argparse.Namespace) -> dict:
+    """The launcher's flags in the words of submitit's SlurmExecutor."""
+    meet = f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)} -m util.slurm"
+    values = {
+        "job_name": given.job_name,
+        "nodes": given.nodes,
+        "ntasks_per_node": given.ngpus,
+        "gpus_per_node": given.ngpus,
+        "cpus_per_task": given.cpus_per_task,
+        "time": given.timeout,
+        "signal_delay_s": slurm.warning_seconds(given.timeout),
+        "additional_parameters": {"requeue": True},
+        "setup": [f"meet=$({meet}) || exit 1", "export $meet"],
+        # A crash of one process ends all, the end of one does not. Since 22.05 srun does not take over sbatch's cores.
+        "srun_args": ["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={given.cpus_per_task}"],
+        "wckey": None,  # submitit's own would be refused where such keys are enforced
+    }
+    if given.mem is not None:
+        values["mem"] = f"{given.mem}GB"
+    return values | {name: getattr(given, name) for name in SLURM_FLAGS if getattr(given, name)}
+
+
+SLURM_FLAGS = ("partition", "account", "qos", "constraint", "comment")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message}; --help lists the launcher's flags", file=sys.stderr)
+        sys.exit(2)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The launcher's own flags."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = _Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--nodes", type=int, default=1, help="machines")
     parser.add_argument("--ngpus", type=int, default=8, help="GPUs, and processes, per machine")
@@ -78,30 +157,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cpus_per_task", type=int, default=10, help="cores per process")
     parser.add_argument("--job_dir", help="folder for SLURM's logs and the default --output_dir")
     parser.add_argument("--job_name", default="mae", help="name in the queue")
-    parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm", help="local runs without SLURM")
-    for name in ("partition", "account", "qos", "constraint", "comment"):
+    parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm", help="local runs here, without SLURM")
+    parser.add_argument("--dry_run", action="store_true", help="print what would be submitted, and stop")
+    for name in SLURM_FLAGS:
         parser.add_argument(f"--{name}", help=f"SLURM's --{name}")
     return parser
-
-
-def parameters(given: argparse.Namespace) -> dict:
-    """The launcher's flags in submitit's words."""
-    values = {
-        "name": given.job_name,
-        "nodes": given.nodes,
-        "tasks_per_node": given.ngpus,
-        "cpus_per_task": given.cpus_per_task,
-        "timeout_min": given.timeout,
-        "gpus_per_node": given.ngpus,
-    }
-    if given.mem:
-        values["mem_gb"] = given.mem
-    if given.cluster == "local":
-        return values
-    for name in ("partition", "account", "qos", "constraint", "comment"):
-        if getattr(given, name):
-            values[f"slurm_{name}"] = getattr(given, name)
-    return values
 
 
 if __name__ == "__main__":
