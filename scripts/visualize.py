@@ -112,7 +112,9 @@ def check_output(output: Path) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="[CHECKPOINT] PICTURE_OR_FOLDER", help="the checkpoint first")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="a checkpoint (.pth) first, then pictures and folders"
+    )
     parser.add_argument("--output", type=Path, default=Path("masks.png"), help="PNG or PDF")
     parser.add_argument("--rows", type=int, default=6, help="pictures at most")
     parser.add_argument("--rebuild", help="strategy whose mask is reconstructed; default: the checkpoint's own")
