@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     models_vit.init_finetune_head(model)
     if inputs.weights is not None:
         model.load_state_dict(inputs.weights, strict=False)
-    model.to(job.device)
+    job.place(model)
     if settings.eval:
         supervised.evaluate_only(job, inputs, model)
         return

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         encoder = {name: tensor for name, tensor in inputs.weights.items() if not name.startswith("head.")}
         model.load_state_dict(encoder, strict=False)
     models_vit.add_probe_head(model)
-    model.to(job.device)
+    job.place(model)
     if settings.eval:
         supervised.evaluate_only(job, inputs, model)
         return

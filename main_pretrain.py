@@ -37,14 +37,14 @@ def main(argv: list[str] | None = None) -> None:
     bare = build_model(settings)
     if inputs.weights is not None:
         bare.load_state_dict(inputs.weights)
-    bare.to(job.device)
+    job.place(bare)
     if settings.compile:
         bare.compile_blocks()
-    model = dist.wrap(bare, job.device)
     size, scale = bare.patch_embed.img_size, tuple(settings.crop_scale)
-    transform = transforms.pretrain_transform(size, scale, settings.hflip)
+    transform = transforms.pretrain_transform(size, scale, settings.hflip, settings.exact_resize)
     loader = job.step_loader(inputs.images, transform)
     plan = loader.plan
+    model = dist.wrap(bare, job.device, plan.accumulates)
     optimizer = optim.pretrain_adamw(bare, settings.weight_decay, job.device)
     scaler = precision.grad_scaler(job.amp, job.device)
     job.restore(bare, optimizer, scaler)
@@ -54,9 +54,12 @@ def main(argv: list[str] | None = None) -> None:
     shown = ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "grad_norm")
     loop = job.loop(loader, optimizer, shown)
     normalize = transforms.Normalize(*channel_statistics(settings)).to(job.device)
+    if settings.compile:
+        normalize.compile(dynamic=True)  # flip, conversion and normalisation in one pass over the pixels
 
     def prepare(batch: list) -> tuple[torch.Tensor]:
-        return (normalize(batch[0].to(job.device, non_blocking=True)),)
+        pixels, flips = (tensor.to(job.device, non_blocking=True) for tensor in batch[0])  # (N, H, W, C) and (N,)
+        return (normalize(pixels.permute(0, 3, 1, 2).contiguous(), flips),)
 
     watcher = None
     if dist.is_main() and (settings.eval_every or settings.vis_every):
@@ -82,7 +85,7 @@ def check(settings: PretrainSettings) -> Inputs:
     strategy = create_strategy(settings)
     masking.check(strategy, model.num_patches, model.cls_token.shape[-1])
     channel_statistics(settings)
-    images = datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans)
+    images = datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans, settings.loader)
     run.step_plan(settings, len(images))
     run.check_output_dir(settings)
     path = checkpoint.resume_path(settings.output_dir, settings.resume)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchEmbed, to_2tuple
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from masking import Mask, RandomMasking
 from util.packing import PackedAttention, PackedLayout
@@ -60,6 +62,8 @@ class MaskedAutoencoderViT(nn.Module):
         self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
         self.set_masking(masking if masking is not None else RandomMasking())
         self.mask_stats: dict[str, torch.Tensor] = {}  # diagnostics (N,) of the last forward, for the log
+        self.grad_checkpointing = False
+        self._dense_block, self._packed_block, self._loss = _dense_block, _packed_block, _masked_mean_squared_error
 
         self.patch_embed = PatchEmbed(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim)
         grid = self.patch_embed.grid_size
@@ -91,13 +95,19 @@ class MaskedAutoencoderViT(nn.Module):
         """Mask with `strategy` from now on. It is no submodule, whatever it is: the state dict stays MAE's."""
         object.__setattr__(self, "masking", strategy)
 
-    def compile_blocks(self, **options) -> None:
-        """Compile the transformer blocks; packed batches, whose lengths change in every step, run without.
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
+        self.grad_checkpointing = enable
 
-        `options` go to `torch.compile`.
+    def compile_blocks(self, **options) -> None:
+        """Compile the transformer blocks and the loss; `options` go to `torch.compile`.
+
+        Masks are chosen outside of what is compiled: they do not depend on it. Equal counts get graphs of fixed
+        shapes, packed batches one graph for any number of tokens.
         """
-        for block in (*self.blocks, *self.decoder_blocks):
-            block.compile(**options)
+        self._dense_block = torch.compile(_dense_block, dynamic=False, fullgraph=True, **options)
+        self._packed_block = torch.compile(_packed_block, dynamic=True, fullgraph=True, **options)
+        self._loss = torch.compile(_masked_mean_squared_error, dynamic=False, fullgraph=True, **options)
 
     @property
     def num_patches(self) -> int:
@@ -137,47 +147,62 @@ class MaskedAutoencoderViT(nn.Module):
             (N, K + 1, D), the class token first, where all images keep K; else packed image by image
             (sum(num_keep + 1), D), each image's class token first.
         """
-        num_images, num_tokens, dim = tokens.shape
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(num_images, -1, -1)  # (N, 1, D)
-        layout = None
-        if mask is None:
-            x = torch.cat([cls_token, tokens], dim=1)
-        elif mask.keep_lengths is None:
-            kept = torch.gather(tokens, 1, mask.ids_keep[..., None].expand(-1, -1, dim))
-            x = torch.cat([cls_token, kept], dim=1)  # (N, K + 1, D)
-        else:
-            layout = PackedLayout.from_lengths(tuple(k + 1 for k in mask.keep_lengths), tokens.device)
-            x = torch.cat([cls_token, tokens], dim=1).flatten(0, 1)[_slots(mask, num_tokens)]  # (T, D)
-        for block in self.blocks:
-            x = block(x) if layout is None else block.forward(x, attn_mask=layout)  # forward: never compiled
-        return self.norm(x)
+        if mask is not None:
+            return self._encode_kept(tokens.flatten(0, 1)[mask.kept.patches], mask)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)  # (N, 1, D)
+        return self.norm(self._run(self.blocks, torch.cat([cls_token, tokens], dim=1)))
+
+    def _encode_kept(self, tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """`encode` for the kept tokens (T, D) alone."""
+        kept, num_images = mask.kept, len(mask.num_keep)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(num_images, -1, -1).flatten(0, 1)  # (N, D)
+        x = tokens.new_empty(len(kept.slots), tokens.shape[-1])  # (T + N, D)
+        x = x.index_copy_(0, kept.rows, tokens).index_copy_(0, kept.class_rows, cls_token.to(x.dtype))
+        if kept.layout is None:
+            x = x.view(num_images, -1, x.shape[-1])  # (N, K + 1, D)
+        return self.norm(self._run(self.blocks, x, kept.layout))
+
+    def _run(self, blocks: nn.ModuleList, x: torch.Tensor, layout: PackedLayout | None = None) -> torch.Tensor:
+        call = self._dense_block if layout is None else partial(self._packed_block, layout)
+        for block in blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(call, block, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = call(block, x)
+        return x
 
     def forward_encoder(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, Mask]:
-        """images (N, C, H, W) -> latent as from `encode`, and the mask."""
-        tokens = self.embed(images)
-        mask = self.choose_mask(tokens, noise)
+        """images (N, C, H, W) -> latent as from `encode`, and the mask.
+
+        The strategy sees all tokens, exact and without gradient; training embeds the kept patches only.
+        """
+        with torch.no_grad():
+            reads = getattr(self.masking, "reads_tokens", True)
+            tokens = self.embed(images) if reads else self.pos_embed[:, 1:].expand(len(images), -1, -1)
+            mask = self.choose_mask(tokens, noise)
         self.mask_stats = mask.stats
-        return self.encode(tokens, mask), mask
+        return self._encode_kept(self._embed_kept(images, mask), mask), mask
+
+    def _embed_kept(self, images: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Tokens (T, D) of the kept patches, as `embed` has them up to rounding."""
+        place = mask.kept.patches
+        pixels = self.patchify(images).flatten(0, 1)[place]  # (T, p_h * p_w * C)
+        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p_h * p_w * C), ordered alike
+        tokens = F.linear(pixels, weight, self.patch_embed.proj.bias)
+        return tokens + self.pos_embed[0, 1:][place % self.num_patches]
 
     def forward_decoder(self, latent: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Latent from the encoder -> predicted patches (N, L, p_h * p_w * C)."""
         num_images, num_tokens = mask.mask.shape
-        encoded = self.decoder_embed(latent).flatten(0, -2)  # (T, d), packed image by image
-        slots = _slots(mask, num_tokens)
+        encoded = self.decoder_embed(latent).flatten(0, -2)  # (T + N, d), packed image by image
         x = self.mask_token.to(encoded.dtype).expand(num_images, num_tokens + 1, -1).flatten(0, 1)
-        x = x.index_copy(0, slots, encoded).view(num_images, num_tokens + 1, -1)  # (N, L + 1, d)
-        x = x + self.decoder_pos_embed
-        for block in self.decoder_blocks:
-            x = block(x)
+        x = x.index_copy(0, mask.kept.slots, encoded).view(num_images, num_tokens + 1, -1)  # (N, L + 1, d)
+        x = self._run(self.decoder_blocks, x + self.decoder_pos_embed)
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def forward_loss(self, images: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Mean squared error over the removed tokens of the batch, Eq. 2; mask (N, L), 1 = removed."""
-        target = self.patchify(images).float()
-        if self.norm_pix_loss:
-            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-        loss = (pred.float() - target).square().mean(dim=-1)  # (N, L)
-        return (loss * mask).sum() / mask.sum()
+        return self._loss(self.patchify(images), pred, mask, self.norm_pix_loss)
 
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor | None = None
@@ -196,19 +221,24 @@ class MaskedAutoencoderViT(nn.Module):
         return self.forward_loss(images, pred, mask.mask), pred, mask.mask
 
 
-def _slots(mask: Mask, num_tokens: int) -> torch.Tensor:
-    """(T,) places of each image's class token and kept tokens in the flattened (N, L + 1) sequence."""
-    num_images = mask.mask.shape[0]
-    start = torch.arange(num_images, device=mask.mask.device) * (num_tokens + 1)  # (N,)
-    if mask.keep_lengths is None:
-        return torch.cat([start[:, None], start[:, None] + 1 + mask.ids_keep], dim=1).flatten()
-    total = sum(mask.keep_lengths)
-    image = torch.repeat_interleave(torch.arange(num_images, device=start.device), mask.num_keep, output_size=total)
-    slots = torch.empty(total + num_images, dtype=torch.int64, device=start.device)
-    first = torch.cumsum(mask.num_keep + 1, dim=0) - mask.num_keep - 1  # (N,) where each image begins
-    slots[first] = start
-    slots[torch.arange(total, device=start.device) + image + 1] = start[image] + 1 + mask.ids_keep
-    return slots
+def _dense_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return block(x)
+
+
+def _packed_block(layout: PackedLayout, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return block(x, attn_mask=layout)
+
+
+def _masked_mean_squared_error(
+    target: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor, normalize: bool
+) -> torch.Tensor:
+    """Target and prediction (N, L, P), mask (N, L) -> 0-dim; `normalize` each target by its own mean and deviation."""
+    target = target.float()
+    if normalize:
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+    loss = (pred.float() - target).square().mean(dim=-1)  # (N, L)
+    return (loss * mask).sum() / mask.sum()
 
 
 def _check_sizes(img_size, patch_size, in_chans: int, norm_pix_loss: bool) -> None:

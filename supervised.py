@@ -140,8 +140,8 @@ def fit(job: run.Run, inputs: Inputs, task: Task) -> None:
     job.restore(bare, task.optimizer, scaler)
     if settings.compile:
         bare.compile()
-    model: nn.Module = dist.wrap(bare, job.device)
     loader = job.step_loader(inputs.train, task.transform, task.multiple)
+    model: nn.Module = dist.wrap(bare, job.device, loader.plan.accumulates)
     nominal_images = settings.batch_size * loader.plan.accum_iter
     update = GradientStep(model, task.optimizer, scaler, nominal_images, settings.clip_grad)
     loop = job.loop(loader, task.optimizer)
@@ -179,8 +179,9 @@ def evaluator(job: run.Run, inputs: Inputs, model: VisionTransformer) -> Callabl
     indices = range(dist.rank(), len(inputs.val), dist.world_size())
     if not settings.dist_eval:  # the first process counts all images, the others none
         indices = range(len(inputs.val) if dist.is_main() else 0)
+    images = SeededImages(inputs.val, transform, settings.seed, settings.max_bad_images)
     batches = evaluation_loader(
-        SeededImages(inputs.val, transform, settings.seed),
+        images,
         indices,
         batch_size=settings.batch_size,
         num_workers=settings.num_workers,
@@ -191,7 +192,11 @@ def evaluator(job: run.Run, inputs: Inputs, model: VisionTransformer) -> Callabl
         images, targets = (tensor.to(job.device, non_blocking=True) for tensor in batch)
         return normalize(images), targets
 
-    return lambda: engine_finetune.evaluate(model, batches, prepare, job.device, job.amp)
+    def evaluate() -> dict[str, float]:
+        result = engine_finetune.evaluate(model, batches, prepare, job.device, job.amp)
+        return result | {"bad_images": images.bad.collect(job.device)}
+
+    return evaluate
 
 
 def statistics(settings: SupervisedSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import math
@@ -13,6 +14,7 @@ from fractions import Fraction
 
 import torch
 
+from util.packing import KeptTokens
 from util.suggest import nearest
 
 Strategy = Callable[..., "Mask"]  # (tokens (N, L, D), noise (N, L) or None) -> Mask
@@ -40,6 +42,11 @@ class Mask:
     ids_restore: torch.Tensor
     keep_lengths: tuple[int, ...] | None = None
     stats: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @functools.cached_property
+    def kept(self) -> KeptTokens:
+        """Where the kept tokens lie, for the encoder and the decoder."""
+        return KeptTokens.locate(self.ids_keep, self.num_keep, self.mask.shape[1], self.keep_lengths)
 
 
 def mask_from_scores(scores: torch.Tensor, num_keep: int | torch.Tensor, stats: dict | None = None) -> Mask:

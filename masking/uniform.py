@@ -15,6 +15,8 @@ class RandomMasking:
         mask_ratio: share of tokens removed, in (0, 1).
     """
 
+    reads_tokens = False  # so the model need not embed the patches that will be removed
+
     def __init__(self, mask_ratio: float = 0.75):
         self.mask_ratio = check_ratio("mask_ratio", mask_ratio)
 

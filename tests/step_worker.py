@@ -30,7 +30,7 @@ def main(accum_iters: str, output: str) -> None:
 def one_step(strategy: str, accum_iter: int, device: torch.device) -> dict:
     torch.manual_seed(0)
     bare = tiny_mae(norm_pix_loss=True, masking=masking.create(strategy))
-    model = dist.wrap(bare, device)
+    model = dist.wrap(bare, device, accumulates=accum_iter > 1)
     images, noise = varied_images(13)[1:], torch.rand(12, 64)
     share = list(zip(images[dist.rank() :: dist.world_size()], noise[dist.rank() :: dist.world_size()], strict=True))
     size = -(-len(share) // accum_iter)

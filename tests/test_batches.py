@@ -93,3 +93,12 @@ def test_evaluation_counts_every_image_once():
         for batch in evaluation_loader(Keys(), range(rank, 21, 3), batch_size=4):
             seen += batch[:, 1].tolist()
     assert sorted(seen) == list(range(21))
+
+
+@pytest.mark.parametrize("num_samples", range(8, 40))
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_plan_knows_whether_it_accumulates(num_samples, world_size):
+    plans = [StepPlan(num_samples, 4, 1, rank, world_size) for rank in range(world_size)]
+    steps = range(plans[0].steps_per_epoch)
+    largest = max(len(plan.micro_batches(list(range(num_samples)), step)) for plan in plans for step in steps)
+    assert {plan.accumulates for plan in plans} == {largest > 1}

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from helpers import write_pictures
 from PIL import Image
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
 def test_an_image_folder_has_labels_and_pretraining_takes_its_train_part(folder):
     train = datasets.open_labelled("folder", str(folder), "train", 3)
     assert train.classes == ("class0", "class1")
-    assert train.labels == [0] * 6 + [1] * 6
+    assert list(train.labels) == [0] * 6 + [1] * 6
     assert len(datasets.open_unlabelled("folder", str(folder), 3)) == 12
     assert train.picture(0).size == (40, 48)
 
@@ -51,6 +52,11 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path, folder):
         (lambda: datasets.open_labelled("folder", str(folder / "train"), "val", 3), "<class>/<picture>"),
         (lambda: datasets.open_unlabelled("fodler", str(folder), 3), "did you mean 'folder'"),
         (lambda: datasets.open_unlabelled("folder", str(folder), 2), "1 \\(grey\\), 3 \\(RGB\\)"),
+        (lambda: datasets.open_unlabelled("folder", str(folder), 3, "os"), "write package.module:function"),
+        (lambda: datasets.open_unlabelled("folder", str(folder), 3, "os:none"), "--loader os:none: cannot be imported"),
+        (lambda: datasets.open_unlabelled("folder", str(folder), 3, "util.loaders:npy"), r"no file \.npy below it"),
+        (lambda: datasets.open_unlabelled("folder", str(folder), 3, "numpy:load"), "cannot be decoded"),
+        (lambda: datasets.open_unlabelled("digits", None, 1, "util.loaders:npy"), "needs --dataset folder"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -71,6 +77,19 @@ def test_16_bit_grey_keeps_its_shades(tmp_path):
     np.testing.assert_array_equal(found, shades // 257)
 
 
+def test_loaders_keep_every_band_and_depth(tmp_path):
+    rng = np.random.default_rng(0)
+    bands = rng.integers(0, 65536, (30, 40, 5), dtype=np.uint16)
+    (tmp_path / "train").mkdir()
+    tifffile.imwrite(tmp_path / "train" / "0.tif", np.moveaxis(bands, -1, 0), photometric="minisblack")
+    images = datasets.open_unlabelled("folder", str(tmp_path), 5, "util.loaders:tiff")
+    np.testing.assert_allclose(images.pixels(0).numpy(), bands / 65535, rtol=1e-6)
+    crop, _ = transforms.pretrain_transform((16, 24), (0.2, 1.0), 0.5)(images.pixels(0))
+    assert (crop.shape, crop.dtype) == ((16, 24, 5), torch.float32)
+    with pytest.raises(ValueError, match=r"0\.tif: cannot be decoded .*not \(height, width, 4\); see --in_chans"):
+        datasets.open_unlabelled("folder", str(tmp_path), 4, "util.loaders:tiff")
+
+
 def test_the_digits_are_split_without_overlap():
     train, val = (datasets.open_labelled("digits", None, split, 1) for split in ("train", "val"))
     assert (len(train), len(val)) == (1438, 359)
@@ -79,18 +98,21 @@ def test_the_digits_are_split_without_overlap():
     assert max(np.asarray(train.picture(i)).max() for i in range(9)) == 255
 
 
-def test_a_sample_depends_on_seed_epoch_and_index_only(folder):
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_sample_depends_on_seed_epoch_and_index_only(folder, exact):
     images = datasets.open_unlabelled("folder", str(folder), 3)
-    data = SeededImages(images, transforms.pretrain_transform((32, 32), (0.2, 1.0), 0.5), seed=1)
-    first = data[2, 5][0]
+    data = SeededImages(images, transforms.pretrain_transform((32, 32), (0.2, 1.0), 0.5, exact), seed=1)
+    (first, flip), _ = data[2, 5]
     torch.rand(3), np.random.rand(3), random.random()
     state = torch.get_rng_state()
-    assert torch.equal(data[2, 5][0], first)
+    assert torch.equal(data[2, 5][0][0], first)
     assert torch.equal(torch.get_rng_state(), state)
     assert first.dtype == torch.uint8
-    assert first.shape == (3, 32, 32)
+    assert first.shape == (32, 32, 3)
+    assert [bool(data[2, 5][0][1]) for _ in range(3)] == [bool(flip)] * 3
+    assert {bool(data[epoch, 5][0][1]) for epoch in range(20)} == {False, True}
     others = [data[3, 5][0], data[2, 6][0], SeededImages(images, data.transform, seed=2)[2, 5][0]]
-    assert not any(torch.equal(first, other) for other in others)
+    assert not any(torch.equal(first, other) for other, _ in others)
 
 
 def test_the_finetuning_augmentation_is_deterministic_too(folder):
@@ -108,6 +130,16 @@ def test_normalisation_equals_to_tensor_and_normalize():
     mean, std = transforms.channel_statistics(3, None, None)
     expected = F.normalize(pixels.float() / 255, mean, std)
     torch.testing.assert_close(transforms.Normalize(mean, std)(pixels), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_flips_and_floats_on_the_device():
+    pixels = torch.randint(0, 256, (4, 3, 5, 7), dtype=torch.uint8)
+    normalize = transforms.Normalize((0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
+    flips = torch.tensor([True, False, False, True])
+    flipped, plain = normalize(pixels, flips), normalize(pixels)
+    assert torch.equal(flipped[flips], plain[flips].flip(3))
+    assert torch.equal(flipped[~flips], plain[~flips])
+    torch.testing.assert_close(normalize(pixels.float() / 255), plain)
 
 
 def test_channel_statistics():

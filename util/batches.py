@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -59,6 +60,12 @@ class StepPlan:
         alone = 2 * rest >= self.effective_batch_size and rest >= self.multiple * self.world_size
         return max(1, full + alone)
 
+    @property
+    def accumulates(self) -> bool:
+        """True where some process has several micro-batches in some step."""
+        last = self.num_samples - (self.steps_per_epoch - 1) * self.effective_batch_size
+        return self.accum_iter > 1 or -(-last // self.world_size) > self.batch_size
+
     def micro_batches(self, order: list[int], step: int) -> list[list[int]]:
         """This process's share of step `step` of an epoch whose samples come in `order`."""
         first = step * self.effective_batch_size
@@ -89,7 +96,7 @@ class StepLoader:
     """
 
     def __init__(self, dataset: Dataset, plan: StepPlan, *, seed: int, num_workers: int = 0, pin_memory: bool = False):
-        self.plan, self.seed = plan, seed
+        self.dataset, self.plan, self.seed, self.num_workers = dataset, plan, seed, num_workers
         self._epoch, self._start = 0, 0
         self._loader = DataLoader(
             dataset,
@@ -117,6 +124,16 @@ class StepLoader:
         for step in range(self._start, self.plan.steps_per_epoch):
             yield self.plan.micro_batches(order, step)
 
+    def advice(self, share: float) -> str:
+        """What to change where the device waits for this loader during `share` of the time."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        more = f"raise --num_workers {self.num_workers} (this machine has {cores} cores for all its processes), "
+        return (
+            f"the loader is the bottleneck: {share:.0%} of the time no batch was ready; "
+            f"{more if self.num_workers < cores else ''}"
+            "make the pictures smaller once with scripts/prepare_data.py, or put them on a faster disk"
+        )
+
     @property
     def epoch(self) -> int:
         """The epoch being loaded."""
@@ -142,4 +159,10 @@ def evaluation_loader(
     """The samples `indices` in order, without padding; the last batch may be smaller."""
     keys = [(0, index) for index in indices]
     batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
-    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers, pin_memory=pin_memory)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        persistent_workers=num_workers > 0,
+    )

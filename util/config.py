@@ -24,9 +24,10 @@ class Settings:
     model: str = option("", "name of the architecture")
     input_size: list[int] = option([], "image side in pixels, or height and width; default: the model's own")
     patch_size: list[int] = option([], "patch side in pixels, or height and width; default: the model's own")
-    in_chans: int = option(3, "channels of the images: 1 grey, 3 RGB, 4 RGBA")
-    dataset: str = option("folder", "folder, or digits (built in)")
+    in_chans: int = option(3, "channels of the images: 1 grey, 3 RGB, 4 RGBA; others with --loader")
+    dataset: str = option("folder", "folder, wds, hfds/NAME, torch/NAME, or digits (built in); see docs/DATA.md")
     data_path: str | None = option(None, "folder with train/<class>/ and val/<class>/; pre-training takes any pictures")
+    max_bad_images: float = option(0.001, "share of the pictures that may be undecodable; more stop the run")
     mean: list[float] = option([], "mean of each channel, of 0..1; default: ImageNet's for RGB, else 0.5")
     std: list[float] = option([], "deviation of each channel; default: ImageNet's for RGB, else 0.5")
     hflip: float = option(0.5, "probability of a horizontal flip")
@@ -48,6 +49,8 @@ class Settings:
         None, "autocast format; default: bf16 or fp16 on GPU, none on CPU"
     )
     compile: bool = option(False, "torch.compile the model")
+    grad_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, more time")
+    channels_last: bool = option(False, "store the patch embedding channels last; slower on a CPU")
     num_workers: int = option(10, "loader processes per training process")
     pin_mem: bool = option(True, "page-locked host memory, for faster copies to a GPU")
     dist_timeout: float = option(1800, "seconds after which a process that waits for the others gives up")
@@ -62,7 +65,7 @@ class Settings:
         self._check_minimum(1, "in_chans", "batch_size", "accum_iter", "effective_batch_size", "print_freq")
         self._check_minimum(1, "save_every_epochs")
         self._check_minimum(0, "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "num_workers", "seed")
-        self._check_unit("hflip")
+        self._check_unit("hflip", "max_bad_images")
         for name in ("input_size", "patch_size"):
             if len(getattr(self, name)) > 2 or any(side < 1 for side in getattr(self, name)):
                 raise ValueError(f"--{name} {getattr(self, name)}: give one side or height and width, in pixels")
@@ -135,6 +138,8 @@ class PretrainSettings(Settings):
     masking_warmup_epochs: int = option(0, "epochs of random masking before --masking begins")
     norm_pix_loss: bool = option(False, "predict patches normalised by their own mean and deviation")
     crop_scale: list[float] = option([0.2, 1.0], "range of the random crop's area over the image's")
+    exact_resize: bool = option(False, "crops bit for bit as torchvision makes them of PIL images; slower")
+    loader: str | None = option(None, "package.module:function, path -> array (H, W, C), for any channels and depth")
     finetune: str | None = option(None, "checkpoint whose weights to start from, with a new optimizer and schedule")
     # What only shows it
     eval_every: int | None = option(None, "epochs between two looks at k-NN accuracy, effective rank and salience")
@@ -146,6 +151,8 @@ class PretrainSettings(Settings):
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded")
         self._check_minimum(0, "masking_warmup_epochs")
+        if self.exact_resize and self.loader is not None:
+            raise ValueError("--exact_resize: resizes with Pillow, which cannot take the arrays of --loader; drop one")
         self._check_minimum(1, "eval_every", "vis_every")
         check_crop_scale(self.crop_scale)
 

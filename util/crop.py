@@ -1,12 +1,16 @@
-"""The crop of MAE's linear probing, which is not torchvision's."""
+"""Random resized crops: MAE's of pre-training, on tensors or exactly as torchvision's, and its own of probing."""
 
 from __future__ import annotations
 
 import math
 import random
+from functools import cache
 
+import numpy as np
+import torch
 import torchvision.transforms.functional as F
 from PIL import Image
+from torch import nn
 from torchvision.transforms import InterpolationMode
 
 
@@ -42,3 +46,70 @@ class SingleDrawResizedCrop:
         crop_height = min(max(1, round(math.sqrt(area / aspect))), height)
         top, left = random.randint(0, height - crop_height), random.randint(0, width - crop_width)
         return F.resized_crop(image, top, left, crop_height, crop_width, list(self.size), self.interpolation)
+
+
+def draw_box(
+    width: int, height: int, scale: tuple[float, float], ratio: tuple[float, float] = (3 / 4, 4 / 3)
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of torchvision's random resized crop, from the same random numbers, sooner.
+
+    torchvision's own takes a twentieth of the time that a whole picture takes here.
+    """
+    area = width * height
+    low, high = _log_range(ratio)
+    for _ in range(10):
+        target = area * torch.empty(1).uniform_(*scale).item()
+        aspect = torch.exp(torch.empty(1).uniform_(low, high)).item()
+        crop_width, crop_height = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = torch.randint(0, height - crop_height + 1, (1,)).item()
+            return top, torch.randint(0, width - crop_width + 1, (1,)).item(), crop_height, crop_width
+    crop_width, crop_height = width, height
+    if width / height < min(ratio):
+        crop_height = round(width / min(ratio))
+    elif width / height > max(ratio):
+        crop_width = round(height * max(ratio))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+@cache
+def _log_range(ratio: tuple[float, float]) -> tuple[float, float]:
+    low, high = torch.log(torch.tensor(ratio)).tolist()  # rounded to fp32, as torchvision does
+    return low, high
+
+
+class PixelCrop:
+    """MAE's augmentation on tensors: random resized crop, antialiased bicubic in torch. The flip is only drawn.
+
+    At most 6 of 255 levels from `PictureCrop`, 0.04 on average.
+
+    Args:
+        size: (height, width) of the output in pixels.
+        scale: range of the crop's area over the picture's.
+        hflip: probability of the flip.
+    """
+
+    takes_pixels = True
+
+    def __init__(self, size: tuple[int, int], scale: tuple[float, float], hflip: float):
+        self.size, self.scale, self.hflip = size, scale, hflip
+
+    def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """pixels (H, W, C), `uint8` or fp32 -> the crop (h, w, C), and whether to flip it: () bool."""
+        top, left, height, width = draw_box(pixels.shape[1], pixels.shape[0], self.scale)
+        crop = pixels[top : top + height, left : left + width].permute(2, 0, 1)[None]  # (1, C, H, W)
+        resized = nn.functional.interpolate(crop, self.size, mode="bicubic", antialias=True)
+        return resized[0].permute(1, 2, 0), torch.rand(1)[0] < self.hflip
+
+
+class PictureCrop(PixelCrop):
+    """The same with Pillow's bicubic: bit for bit torchvision's pipeline on PIL images."""
+
+    takes_pixels = False
+
+    def __call__(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        """A PIL image -> the crop (h, w, C) `uint8`, and whether to flip it: () bool."""
+        top, left, height, width = draw_box(*picture.size, self.scale)
+        crop = F.resized_crop(picture, top, left, height, width, list(self.size), InterpolationMode.BICUBIC)
+        pixels = torch.from_numpy(np.array(crop))
+        return pixels if pixels.ndim == 3 else pixels[..., None], torch.rand(1)[0] < self.hflip

@@ -1,9 +1,9 @@
-"""Images from disk or from a built-in set: file -> decoded, cropped `uint8` tensor. Normalisation is the device's."""
+"""Data sets by name -> pictures by number. Any one is read without the others, so that every run resumes exactly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,98 +14,142 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util import seeding
+from util import decode, libraries, seeding, sources, tar_shards
+from util.bad_pictures import BadPictures
 from util.suggest import check_known
 
-NAMES = ("folder", "digits")
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name
+NAMES = ("folder", "digits", "wds", "hfds", "torch")  # the last three also as wds/PATTERN, hfds/NAME, torch/NAME
+_STREAMS = ("hfids", "tfds")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageSet:
     """Pictures with labels, not yet transformed.
 
     Attributes:
-        items: file paths, or pictures as arrays (H, W) uint8.
+        source: reads a picture by its number.
         labels: class of each.
         classes: names of the classes; empty if the labels mean nothing.
-        mode: Pillow's name of the channels that are wanted.
+        channels: that are wanted.
     """
 
-    items: Sequence
+    source: sources.Source
     labels: Sequence[int]
     classes: tuple[str, ...]
-    mode: str
+    channels: int
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.source)
 
     def relabelled(self, classes: tuple[str, ...]) -> ImageSet:
         """The same pictures, their classes numbered as in `classes`."""
-        number = [classes.index(name) for name in self.classes]
-        return ImageSet(self.items, [number[label] for label in self.labels], classes, self.mode)
+        number = np.array([classes.index(name) for name in self.classes])
+        return replace(self, labels=number[self.labels], classes=classes)
 
     def picture(self, index: int) -> Image.Image:
-        """Picture `index`, decoded, with the wanted channels. OSError names the file if it cannot be decoded."""
-        item = self.items[index]
-        if not isinstance(item, str):
-            return Image.fromarray(item).convert(self.mode)
+        """Picture `index` for PIL. OSError names it if it cannot be decoded."""
+        return self.decoded(index, lambda content: decode.to_picture(content, decode.MODES[self.channels]))
+
+    def pixels(self, index: int) -> torch.Tensor:
+        """Picture `index` as a tensor (H, W, C), `uint8` or fp32. OSError names it if it cannot be decoded."""
+        return self.decoded(index, lambda content: decode.to_pixels(content, self.channels))
+
+    def decoded(self, index: int, decoder: Callable):
+        """What `decoder` makes of the content of picture `index`; an OSError with its name for any error."""
         try:
-            with Image.open(item) as image:
-                return _eight_bits(image).convert(self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise OSError(f"{item}: cannot be decoded ({error})") from error
+            return decoder(self.source.read(index))
+        except Exception as error:  # decoders raise everything
+            raise OSError(f"{self.source.name(index)}: cannot be decoded ({decode.reason(error)})") from error
 
 
 class SeededImages(Dataset):
     """`dataset[epoch, index]` -> transformed picture and label, random only in (seed, epoch, index).
 
+    A picture that cannot be decoded is replaced by the next good one, with its label, and marked in `bad`.
+
     Args:
         images: the pictures.
-        transform: PIL image -> tensor (C, H, W).
+        transform: PIL image -> tensor (C, H, W); or, if it has a true attribute `takes_pixels`, of a tensor (H, W, C).
         seed: of the augmentation.
+        max_bad_images: share of the pictures that may be bad.
     """
 
-    def __init__(self, images: ImageSet, transform: Callable, seed: int = 0):
+    def __init__(self, images: ImageSet, transform: Callable, seed: int = 0, max_bad_images: float = 0.0):
         self.images, self.transform, self.seed = images, transform, seed
+        self._decode = images.pixels if getattr(transform, "takes_pixels", False) else images.picture
+        self.bad = BadPictures(len(images), max_bad_images, self._describe)
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         epoch, index = key
+        good, picture = self._first_good(index)
         with seeding.sample_state(self.seed, epoch, index):
-            return self.transform(self.images.picture(index)), self.images.labels[index]
+            try:
+                return self.transform(picture), int(self.images.labels[good])
+            except Exception as error:
+                raise RuntimeError(f"{self.images.source.name(good)}: the transform failed ({error})") from error
+
+    def _first_good(self, index: int, most: int = 100) -> tuple[int, Image.Image | torch.Tensor]:
+        first = None
+        for candidate in ((index + distance) % len(self) for distance in range(min(most, len(self)))):
+            if candidate in self.bad:
+                continue
+            try:
+                return candidate, self._decode(candidate)
+            except OSError as error:
+                self.bad.mark(candidate)
+                first = first or error
+        raise OSError(f"{first or self._describe(index)}; nor can the {min(most, len(self))} pictures from it on")
+
+    def _describe(self, index: int) -> str:
+        try:
+            self._decode(index)
+        except OSError as error:
+            return str(error)
+        return f"{self.images.source.name(index)}: could not be decoded, but now it can"
 
 
-def open_unlabelled(name: str, data_path: str | None, in_chans: int) -> ImageSet:
-    """Pictures to pre-train on: all below `data_path`/train, or below `data_path` where there is no such folder.
+def open_unlabelled(name: str, data_path: str | None, in_chans: int, loader: str | None = None) -> ImageSet:
+    """Pictures to pre-train on, of the split train; of a folder without train/ all below it.
+
+    Args:
+        name: of the data set: folder, digits, wds, hfds, torch/NAME; see docs/DATA.md.
+        data_path: where it is.
+        in_chans: channels of the pictures.
+        loader: `package.module:function`, path -> array (H, W, C), for all files below a folder, or those with the
+            endings in the function's attribute `extensions`.
 
     Raises:
-        ValueError: unknown data set, missing folder, or no picture in it.
+        ValueError: unknown data set, nothing at `data_path`, or no picture in it.
     """
-    mode = _mode(name, in_chans)
-    if name == "digits":
-        return _digits("train", mode)
+    check(name, in_chans, loader)
+    if name != "folder":
+        return _open(name, data_path, "train", in_chans)
     root = _folder(data_path)
     root = root / "train" if (root / "train").is_dir() else root
+    if loader is not None:
+        return _with_loader(root, loader, in_chans)
     found, _ = find_images_and_targets(str(root), types=IMG_EXTENSIONS)
     if not found:
         raise ValueError(
             f"--data_path {data_path}: no picture below it; any folder of pictures will do, nested or flat"
         )
-    return ImageSet([path for path, _ in found], [0] * len(found), (), mode)
+    return ImageSet(sources.Files(path for path, _ in found), np.zeros(len(found), dtype=np.int64), (), in_chans)
 
 
 def open_labelled(name: str, data_path: str | None, split: str, in_chans: int) -> ImageSet:
-    """Pictures with classes: `data_path`/{train,val}/<class>/<picture>.
+    """Pictures with classes; of a folder `data_path`/{train,val}/<class>/<picture>.
 
     Raises:
-        ValueError: unknown data set, missing folder, or not this layout.
+        ValueError: unknown data set, nothing at `data_path`, or a picture without a class.
     """
-    mode = _mode(name, in_chans)
-    if name == "digits":
-        return _digits(split, mode)
+    check(name, in_chans, None)
+    if name.startswith("wds/"):
+        raise ValueError(f"--dataset {name}: a pattern is for pre-training; name the shards train-*.tar and val-*.tar")
+    if name != "folder":
+        return _with_classes(_open(name, data_path, split, in_chans))
     root = _folder(data_path) / split
     try:
         folder = ImageFolder(str(root))
@@ -113,16 +157,65 @@ def open_labelled(name: str, data_path: str | None, split: str, in_chans: int) -
         raise ValueError(
             f"--data_path {data_path}: expected {root}/<class>/<picture>, and folders train and val ({error})"
         ) from error
-    return ImageSet([path for path, _ in folder.samples], folder.targets, tuple(folder.classes), mode)
+    paths = sources.Files(path for path, _ in folder.samples)
+    return ImageSet(paths, np.array(folder.targets), tuple(folder.classes), in_chans)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8-bit grey; Pillow's own conversion would cut everything above 255. ValueError for floats."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range")
-    if not image.mode.startswith("I"):
-        return image
-    return Image.fromarray(np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255).astype(np.uint8))
+def check(name: str, in_chans: int, loader: str | None) -> None:
+    """ValueError for a data set, a number of channels or a loader that cannot be."""
+    kind = name.partition("/")[0]
+    if kind in _STREAMS:
+        raise ValueError(f"--dataset {name}: a stream cannot be resumed exactly; use hfds/..., wds or a folder")
+    check_known("dataset", kind, NAMES)
+    if name == "torch":
+        raise ValueError("--dataset torch: name one of torchvision's, such as torch/cifar10")
+    if loader is not None and name != "folder":
+        raise ValueError(f"--loader {loader}: reads files, so it needs --dataset folder, not {name}")
+    if loader is None and in_chans not in decode.MODES:
+        raise ValueError(
+            f"--in_chans {in_chans}: pictures have 1 (grey), 3 (RGB) or 4 (RGBA) channels; others need a --loader"
+        )
+
+
+def _open(name: str, data_path: str | None, split: str, in_chans: int) -> ImageSet:
+    kind, _, rest = name.partition("/")
+    if kind == "digits":
+        return _digits(split, in_chans)
+    if kind == "wds":
+        root = _folder(data_path)
+        shards = tar_shards.TarShards(tar_shards.find_shards(root, rest, split))
+        return ImageSet(shards, shards.labels, tuple(tar_shards.read_info(root).get("classes", ())), in_chans)
+    opener = libraries.open_torchvision if kind == "torch" else libraries.open_hugging_face
+    source, labels, classes = opener(name, data_path, split)
+    if not len(source):
+        raise ValueError(f"--dataset {name}: the split {split} is empty")
+    return ImageSet(source, labels, classes, in_chans)
+
+
+def _with_classes(images: ImageSet) -> ImageSet:
+    missing = np.flatnonzero(np.asarray(images.labels) < 0)
+    if len(missing):
+        raise ValueError(
+            f"{images.source.name(missing[0])}: this picture has no class; training with classes needs one for each"
+        )
+    if images.classes:
+        return images
+    return replace(images, classes=tuple(str(number) for number in range(int(max(images.labels)) + 1)))
+
+
+def _with_loader(root: Path, loader: str, in_chans: int) -> ImageSet:
+    function = sources.import_loader(loader)
+    endings = tuple(getattr(function, "extensions", ("",)))
+    files = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
+    paths = sorted(str(path) for path in files if path.name.lower().endswith(endings))
+    if not paths:
+        raise ValueError(f"--data_path {root}: no file {' or '.join(endings)} below it for --loader {loader}")
+    images = ImageSet(sources.Files(paths, function), np.zeros(len(paths), dtype=np.int64), (), in_chans)
+    try:
+        images.pixels(0)
+    except OSError as error:
+        raise ValueError(f"--loader {loader}: {error}") from error
+    return images
 
 
 def _folder(data_path: str | None) -> Path:
@@ -133,18 +226,11 @@ def _folder(data_path: str | None) -> Path:
     return Path(data_path)
 
 
-def _mode(name: str, in_chans: int) -> str:
-    check_known("dataset", name, NAMES)
-    if in_chans not in _MODES:
-        raise ValueError(f"--in_chans {in_chans}: pictures have 1 (grey), 3 (RGB) or 4 (RGBA) channels")
-    return _MODES[in_chans]
-
-
-def _digits(split: str, mode: str) -> ImageSet:
+def _digits(split: str, in_chans: int) -> ImageSet:
     """scikit-learn's 1797 handwritten digits, 8 x 8 pixels; every fifth is for validation."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
     chosen = (np.arange(len(data.target)) % 5 == 4) == (split != "train")
     pictures = np.round(data.images[chosen] * (255 / 16)).astype(np.uint8)
-    return ImageSet(list(pictures), data.target[chosen].tolist(), tuple("0123456789"), mode)
+    return ImageSet(sources.Arrays(pictures, f"digits {split}"), data.target[chosen], tuple("0123456789"), in_chans)

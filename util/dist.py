@@ -82,12 +82,18 @@ def average_buffers(model: nn.Module) -> None:
             all_reduce(buffer).div_(world_size())
 
 
-def wrap(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` in DistributedDataParallel where there are several processes, else as it is."""
+def wrap(model: nn.Module, device: torch.device, accumulates: bool = True) -> nn.Module:
+    """`model` in DistributedDataParallel where there are several processes, else as it is.
+
+    Every step uses the same parameters, which DDP may know (static_graph); but then it refuses `no_sync`, which steps
+    that accumulate several micro-batches need.
+    """
     if not td.is_initialized():
         return model
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=ids, gradient_as_bucket_view=True, static_graph=not accumulates
+    )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

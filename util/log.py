@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class RunLog:
 
     def __init__(self, output_dir: Path | None, log_dir: Path | None = None, start_epoch: int = 0):
         self._bar: tqdm | None = None
+        self._said: set[str] = set()
         self._writer = None
         if output_dir is None or not dist.is_main():
             return
@@ -98,6 +100,12 @@ class RunLog:
         if dist.is_main():
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
+
+    def say_once(self, text: str) -> None:
+        """A line on the terminal, unless one that begins like it was there before."""
+        if text.split(":")[0] not in self._said:
+            self._said.add(text.split(":")[0])
+            self.say(text)
 
     def progress(self, description: str, done: int, total: int, values: dict[str, float]) -> None:
         """State of an epoch: a bar on a terminal, else a line."""
@@ -143,6 +151,43 @@ class RunLog:
         """Flush and close."""
         if self._writer is not None:
             self._writer.close()
+
+
+class DataWait:
+    """Time in which the device had nothing to do because the next batch was not there.
+
+    On a GPU the host runs ahead, and its waiting costs nothing while the device is busy. Events on the device's own
+    queue, before and after, see only the waiting that reached it.
+    """
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._waits: list[tuple] = []
+        self._start = time.perf_counter()
+
+    def timed(self, batches: Iterator) -> Iterator:
+        """`batches`, each waited for under the clock."""
+        while True:
+            start = self._now()
+            batch = next(batches, None)
+            self._waits.append((start, self._now()))
+            if batch is None:
+                return
+            yield batch
+
+    def read(self) -> tuple[float, float]:
+        """Seconds waited, and all seconds, since the last call. The device must have been waited for."""
+        now = time.perf_counter()
+        waited = sum(a.elapsed_time(b) / 1000 if self._on_gpu else b - a for a, b in self._waits)
+        seconds, self._start, self._waits = now - self._start, now, []
+        return waited, max(seconds, 1e-9)
+
+    def _now(self):
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class Stopwatch:

@@ -5,12 +5,18 @@ A packed batch is (T, D) with T the sum of the lengths; linear layers, norms and
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
+from torch.nn.attention.varlen import varlen_attn
+
+# Graphs compiled for one bound of the length serve every batch below it.
+_BOUND = 128
+_VARLEN_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -18,31 +24,73 @@ class PackedLayout:
     """Where the sequences of a packed batch lie.
 
     Attributes:
-        lengths: tokens of each sequence.
-        groups: one (n, length) index into the packed tokens for every length that occurs.
-        inverse: (T,) index that undoes the order of the groups.
+        lengths: (N,) int64 on the host, tokens of each sequence.
+        offsets: (N + 1,) int32 on the device, where each sequence begins, and T.
+        max_length: no sequence is longer; rounded up, so that compiled graphs stay valid.
+        flash: whether the device has a kernel for sequences of different lengths.
     """
 
-    lengths: tuple[int, ...]
-    groups: tuple[torch.Tensor, ...]
-    inverse: torch.Tensor
+    lengths: torch.Tensor
+    offsets: torch.Tensor
+    max_length: int
+    flash: bool
 
     @staticmethod
     def from_lengths(lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
         """Layout of sequences of `lengths` tokens, in this order."""
-        starts: dict[int, list[int]] = {}
-        for length, end in zip(lengths, accumulate(lengths), strict=True):
-            starts.setdefault(length, []).append(end - length)
-        by_length = sorted(starts.items())
-        index = [torch.tensor(first)[:, None] + torch.arange(length) for length, first in by_length]
-        order = torch.cat([group.flatten() for group in index]).to(device)  # one transfer
-        parts = order.split([group.numel() for group in index])
-        groups = tuple(part.view(-1, length) for part, (length, _) in zip(parts, by_length, strict=True))
-        return PackedLayout(tuple(lengths), groups, torch.argsort(order))
+        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        if device.type == "cuda":
+            offsets = offsets.pin_memory().to(device, non_blocking=True)  # a pageable copy would make the host wait
+        flash = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return PackedLayout(torch.tensor(lengths), offsets, -(-max(lengths) // _BOUND) * _BOUND, flash)
+
+
+@dataclass(frozen=True)
+class KeptTokens:
+    """Where the kept tokens of N images lie: in the images, in the encoder's sequences, in the decoder's.
+
+    An encoder's sequence is the class token and the kept tokens of one image; a decoder's is the class token and all
+    L tokens. T = sum(num_keep).
+
+    Attributes:
+        patches: (T,) places in the flattened (N, L).
+        rows: (T,) places in the packed (T + N) encoder sequences.
+        class_rows: (N,) places of the class tokens there.
+        slots: (T + N,) place of every encoder row in the flattened (N, L + 1).
+        layout: of the encoder's sequences; None where all are of one length.
+    """
+
+    patches: torch.Tensor
+    rows: torch.Tensor
+    class_rows: torch.Tensor
+    slots: torch.Tensor
+    layout: PackedLayout | None
+
+    @staticmethod
+    def locate(
+        ids_keep: torch.Tensor, num_keep: torch.Tensor, num_tokens: int, keep_lengths: tuple[int, ...] | None
+    ) -> KeptTokens:
+        """From the kept positions (N, K), or packed (T,) with the `keep_lengths` of the images, out of `num_tokens`."""
+        num_images, device = len(num_keep), ids_keep.device
+        image = torch.arange(num_images, device=device)  # (N,)
+        if keep_lengths is None:
+            layout, of_image = None, image[:, None].expand_as(ids_keep).flatten()
+        else:
+            layout = PackedLayout.from_lengths(tuple(k + 1 for k in keep_lengths), device)
+            of_image = torch.repeat_interleave(image, num_keep, output_size=ids_keep.numel())  # (T,)
+        patches = of_image * num_tokens + ids_keep.flatten()
+        rows = torch.arange(len(patches), device=device) + of_image + 1
+        class_rows = num_keep.cumsum(0) - num_keep + image
+        slots = torch.empty(len(patches) + num_images, dtype=torch.int64, device=device)
+        slots.index_copy_(0, rows, patches + of_image + 1)
+        slots.index_copy_(0, class_rows, image * (num_tokens + 1))
+        return KeptTokens(patches, rows, class_rows, slots, layout)
 
 
 def packed_attention(qkv: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-    """Self-attention within each sequence of a packed batch, by groups of equal length.
+    """Self-attention within each sequence of a packed batch.
+
+    In half precision on a GPU one kernel serves all lengths; elsewhere sequences of equal length share a call.
 
     Args:
         qkv: (T, 3, H, d) queries, keys and values of H heads.
@@ -51,20 +99,88 @@ def packed_attention(qkv: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     Returns:
         (T, H, d).
     """
+    head_dim = qkv.shape[-1]
+    if layout.flash and qkv.dtype in _VARLEN_DTYPES and head_dim % 8 == 0 and head_dim <= 256:
+        offsets, longest = layout.offsets, layout.max_length
+        return varlen_attn(*qkv.unbind(1), offsets, offsets, longest, longest)
+    return _attention_by_length(qkv, layout.lengths)
+
+
+@functools.lru_cache(maxsize=2)  # every block of a forward and a backward pass asks for the same
+def _groups(lengths: tuple[int, ...], device: torch.device) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """One (n, length) index into the packed tokens for every length; the index (T,) that undoes their order."""
+    starts: dict[int, list[int]] = {}
+    for length, end in zip(lengths, accumulate(lengths), strict=True):
+        starts.setdefault(length, []).append(end - length)
+    by_length = sorted(starts.items())
+    index = [torch.tensor(first)[:, None] + torch.arange(length) for length, first in by_length]
+    order = torch.cat([group.flatten() for group in index]).to(device)  # one transfer
+    parts = order.split([group.numel() for group in index])
+    groups = tuple(part.view(-1, length) for part, (length, _) in zip(parts, by_length, strict=True))
+    return groups, torch.argsort(order)
+
+
+# An operator of its own: to the compiler the number of groups would be part of the graph.
+@torch.library.custom_op("sbam::attention_by_length", mutates_args=())
+def _attention_by_length(qkv: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """`packed_attention`, one dense call for every length that occurs."""
+    groups, inverse = _groups(tuple(lengths.tolist()), qkv.device)
     outputs = []
-    for index in layout.groups:
-        query, key, value = qkv[index].permute(2, 0, 3, 1, 4)  # each (n, H, length, d)
-        attended = F.scaled_dot_product_attention(query, key, value)
+    for index in groups:
+        attended = F.scaled_dot_product_attention(*_heads_first(qkv[index]))
         outputs.append(attended.transpose(1, 2).flatten(0, 1))  # (n * length, H, d)
-    return torch.cat(outputs)[layout.inverse]
+    return torch.cat(outputs)[inverse]
+
+
+@torch.library.custom_op("sbam::attention_by_length_backward", mutates_args=())
+def _attention_by_length_backward(grad: torch.Tensor, qkv: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Gradient (T, 3, H, d) from that of the output (T, H, d). The weights are computed again, as flash kernels do."""
+    groups, inverse = _groups(tuple(lengths.tolist()), qkv.device)
+    scale = qkv.shape[-1] ** -0.5
+    outputs = []
+    for index in groups:
+        query, key, value = _heads_first(qkv[index])
+        grad_output = grad[index].transpose(1, 2)  # (n, H, length, d)
+        weights = torch.softmax(query @ key.transpose(-2, -1) * scale, dim=-1)  # (n, H, length, length)
+        grad_weights = grad_output @ value.transpose(-2, -1)
+        grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True)) * scale
+        grads = (grad_scores @ key, grad_scores.transpose(-2, -1) @ query, weights.transpose(-2, -1) @ grad_output)
+        outputs.append(torch.stack(grads).permute(1, 3, 0, 2, 4).flatten(0, 1))  # (n * length, 3, H, d)
+    return torch.cat(outputs)[inverse]
+
+
+def _heads_first(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(n, length, 3, H, d) -> three of (n, H, length, d)."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+@_attention_by_length.register_fake
+def _(qkv: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
+
+
+@_attention_by_length_backward.register_fake
+def _(grad: torch.Tensor, qkv: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return _attention_by_length_backward(grad, *ctx.saved_tensors), None
+
+
+_attention_by_length.register_autograd(_differentiate, setup_context=_save_inputs)
 
 
 class PackedAttention(Attention):
     """timm's attention, which also takes a packed batch: then `attn_mask` is its `PackedLayout`."""
 
-    def forward(self, x: torch.Tensor, attn_mask: PackedLayout | None = None, **kwargs) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, attn_mask: PackedLayout | torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """(N, K, D) -> (N, K, D), or with a layout (T, D) -> (T, D)."""
-        if attn_mask is None:
-            return super().forward(x, **kwargs)
+        if not isinstance(attn_mask, PackedLayout):
+            return super().forward(x, attn_mask=attn_mask, **kwargs)
         qkv = self.qkv(x).reshape(x.shape[0], 3, self.num_heads, self.head_dim)
         return self.proj(packed_attention(qkv, attn_mask).flatten(1))

@@ -133,6 +133,11 @@ class Run:
             "start_epoch": self.start_epoch,
         }
 
+    def place(self, model: nn.Module) -> None:
+        """Move `model` to the device, with the memory layout and the checkpointing that the settings ask for."""
+        model.to(self.device, memory_format=torch.channels_last if self.settings.channels_last else None)
+        model.set_grad_checkpointing(self.settings.grad_checkpointing)
+
     def learning_rate(self, epoch: float) -> float:
         """The schedule's rate at a fractional epoch."""
         settings = self.settings
@@ -150,7 +155,7 @@ class Run:
         """Training batches of `images`, step by step."""
         settings = self.settings
         return StepLoader(
-            SeededImages(images, transform, settings.seed),
+            SeededImages(images, transform, settings.seed, settings.max_bad_images),
             step_plan(settings, len(images), multiple),
             seed=settings.seed,
             num_workers=settings.num_workers,
@@ -163,7 +168,15 @@ class Run:
         """The epoch loop over `loader` with this run's schedule, seed and log."""
         settings = self.settings
         return EpochLoop(
-            loader, optimizer, self.learning_rate, self.device, settings.seed, self.log, settings.print_freq, shown
+            loader,
+            optimizer,
+            self.learning_rate,
+            self.device,
+            settings.seed,
+            self.log,
+            settings.print_freq,
+            shown,
+            loader.dataset.bad,
         )
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:

@@ -8,17 +8,15 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch import nn
 from torchvision import transforms
-from torchvision.transforms import InterpolationMode
 
-from util.crop import SingleDrawResizedCrop
+from util.crop import PictureCrop, PixelCrop, SingleDrawResizedCrop
 
 Size = tuple[int, int]  # height and width in pixels
 
 
-def pretrain_transform(size: Size, scale: tuple[float, float], hflip: float) -> Callable:
-    """MAE's pre-training augmentation: random resized crop, bicubic, and flip."""
-    crop = transforms.RandomResizedCrop(size, scale=scale, interpolation=InterpolationMode.BICUBIC)
-    return transforms.Compose([crop, transforms.RandomHorizontalFlip(hflip), transforms.PILToTensor()])
+def pretrain_transform(size: Size, scale: tuple[float, float], hflip: float, exact: bool = False) -> PixelCrop:
+    """MAE's pre-training augmentation: random resized crop, bicubic, and the draw of the flip; exact: as Pillow's."""
+    return (PictureCrop if exact else PixelCrop)(size, scale, hflip)
 
 
 def probe_transform(size: Size, scale: tuple[float, float], hflip: float) -> Callable:
@@ -88,13 +86,20 @@ def channel_statistics(
 
 
 class Normalize(nn.Module):
-    """`uint8` images (N, C, H, W) -> fp32, (x / 255 - mean) / std per channel, on the images' device."""
+    """Images (N, C, H, W) -> flipped and normalised fp32, (x - mean) / std per channel, on the images' device.
+
+    `uint8` counts as 0..1, that is x / 255; floats are taken as they are, in the unit of `mean` and `std`.
+    """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
-        self.register_buffer("scale", 1 / (255 * torch.tensor(std).view(1, -1, 1, 1)))
+        self.register_buffer("scale", 1 / torch.tensor(std).view(1, -1, 1, 1))
+        self.register_buffer("byte_scale", 1 / (255 * torch.tensor(std).view(1, -1, 1, 1)))
         self.register_buffer("shift", -(torch.tensor(mean) / torch.tensor(std)).view(1, -1, 1, 1))
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """images: (N, C, H, W), 0 to 255."""
-        return torch.addcmul(self.shift, images.float(), self.scale)
+    def forward(self, images: torch.Tensor, flips: torch.Tensor | None = None) -> torch.Tensor:
+        """images: (N, C, H, W), `uint8` or floats; flips: (N,) bool, which of them to flip horizontally."""
+        if flips is not None:
+            images = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
+        scale = self.scale if images.is_floating_point() else self.byte_scale
+        return torch.addcmul(self.shift, images.float(), scale)

@@ -1,0 +1,1 @@
+"""Measurements behind `scripts/benchmark.py`: ratios within one run, medians, spread."""

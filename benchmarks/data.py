@@ -1,0 +1,225 @@
+"""Images per second and core from JPEG files to crops: MAE's pipeline, ours, and what else could be taken.
+
+Run as `python scripts/benchmark.py data`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import transforms as tv
+from torchvision.transforms import InterpolationMode
+
+from benchmarks import report, timing
+from benchmarks.pictures import write_jpegs
+from util import crop, decode
+from util.datasets import ImageSet
+from util.prepare import resized
+from util.sources import Files
+
+SIZE, SCALE = (224, 224), (0.2, 1.0)
+Crop = Callable[[bytes], np.ndarray]  # an encoded picture -> its crop (h, w, 3), flipped or not
+
+
+def main(argv: list[str]) -> None:
+    """Measure, print a table, and write it to --json."""
+    parser = argparse.ArgumentParser(prog="benchmark.py data", description=__doc__.splitlines()[0])
+    parser.add_argument("--pictures", type=int, default=28, help="JPEGs that one round goes through")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds, in each of which every contender runs once")
+    parser.add_argument("--compared", type=int, default=200, help="crops whose pixels are compared")
+    parser.add_argument("--json", help="file for the numbers")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(Path(folder), arguments.pictures, arguments.rounds, arguments.compared)
+        size = mean(path.stat().st_size for path in Path(folder).glob("*.jpg")) / 1024
+    environment = report.environment(("torch", "torchvision", "pillow", "torchcodec", "simplejpeg", "timm"))
+    environment["pictures"] = f"{arguments.pictures} JPEGs, 500 x 375, quality 90, {size:.0f} KiB on average"
+    print("  ".join(f"{name} {value}" for name, value in environment.items()))
+    print(report.table([{name: _text(value) for name, value in row.items()} for row in rows]))
+    if arguments.json:
+        plain = [{name: vars(v) if isinstance(v, timing.Spread) else v for name, v in row.items()} for row in rows]
+        report.write_json(arguments.json, {"environment": environment, "rows": plain})
+
+
+def measure(folder: Path, pictures: int, rounds: int, compared: int) -> list[dict[str, object]]:
+    """Rows of the table: time, images per second and core, ratio to the baseline, difference of the pixels."""
+    files = {"original": write_jpegs(folder, pictures)}
+    for name, side in (("short side 256", {"short_side": 256}), ("longest side 400", {"long_side": 400})):
+        place = folder / name
+        place.mkdir()
+        files[name] = [place / path.name for path in files["original"]]
+        for source, target in zip(files["original"], files[name], strict=True):
+            target.write_bytes(resized(source.read_bytes(), quality=90, **side))
+    sets = {name: ImageSet(Files(map(str, paths)), [0] * pictures, (), 3) for name, paths in files.items()}
+    contenders = {"MAE's: PIL, ToTensor, Normalize": _over(files["original"], _Baseline())}
+    crops: dict[str, Crop] = {}
+    for name, exact, kind in _ours(sets):
+        transform = (crop.PictureCrop if exact else crop.PixelCrop)(SIZE, SCALE, 0.5)
+        contenders[name] = _over_set(sets[kind], transform)
+    for name, function in candidates().items():
+        contenders[name], crops[name] = _over(files["original"], function), function
+    crops |= {"ours exact": _ours_crop(exact=True), "ours fast (default)": _ours_crop(exact=False)}
+    differences = {name: difference(function, files["original"], compared) for name, function in crops.items()}
+    seconds = timing.interleave(contenders, rounds, warmup=2)
+    baseline = next(iter(contenders))
+    return [
+        {
+            "from JPEG to crop": name,
+            "images/s/core": round(pictures / median(seconds[name])),
+            "ms/image": timing.Spread.of([1000 * value / pictures for value in seconds[name]]),
+            "times the baseline": timing.ratio(seconds, baseline, name),
+            "max difference": differences.get(name, ("", ""))[0],
+            "mean difference": differences.get(name, ("", ""))[1],
+        }
+        for name in contenders
+    ]
+
+
+def _ours(sets: dict[str, ImageSet]) -> list[tuple[str, bool, str]]:
+    prepared = [name for name in sets if name != "original"]
+    fast = [("ours fast (default)", False, "original"), *((f"ours fast, {name}", False, name) for name in prepared)]
+    return [("ours exact", True, "original"), *((f"ours exact, {name}", True, name) for name in prepared), *fast]
+
+
+def difference(function: Crop, files: list[Path], compared: int) -> tuple[int, float]:
+    """Largest and mean difference of its pixels from torchvision's pipeline on PIL images, of 255 levels."""
+    reference, largest, total = _Baseline(), 0, 0.0
+    for number in range(compared):
+        data = files[number % len(files)].read_bytes()
+        found = []
+        for pipeline in (reference.crop, function):
+            torch.default_generator.manual_seed(number)
+            found.append(pipeline(data).astype(np.int16))
+        apart = np.abs(found[0] - found[1])
+        largest, total = max(largest, int(apart.max())), total + float(apart.mean())
+    return largest, round(total / compared, 3)
+
+
+class _Baseline:
+    """MAE's pre-training pipeline, as its paper and every torchvision user has it."""
+
+    def __init__(self):
+        self.random_crop = tv.RandomResizedCrop(SIZE, scale=SCALE, interpolation=InterpolationMode.BICUBIC)
+        self.flip = tv.RandomHorizontalFlip()
+        self.normalize = tv.Compose([tv.ToTensor(), tv.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)])
+
+    def __call__(self, data: bytes) -> torch.Tensor:
+        return self.normalize(self._picture(data))
+
+    def crop(self, data: bytes) -> np.ndarray:
+        return np.asarray(self._picture(data))
+
+    def _picture(self, data: bytes) -> Image.Image:
+        return self.flip(self.random_crop(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def _ours_crop(exact: bool) -> Crop:
+    transform = (crop.PictureCrop if exact else crop.PixelCrop)(SIZE, SCALE, 0.5)
+
+    def run(data: bytes) -> np.ndarray:
+        pixels, flip = transform(decode.to_picture(data, "RGB") if exact else decode.to_pixels(data, 3))
+        return (pixels.flip(1) if flip else pixels).numpy()
+
+    return run
+
+
+def candidates() -> dict[str, Crop]:
+    """Other ways that were considered, as far as their libraries are installed; without the flip's time but with it."""
+    found: dict[str, Crop] = {"Pillow to uint8, torch's bicubic": _with_decoder(_pillow)}
+    try:
+        import simplejpeg
+
+        found["simplejpeg, torch's bicubic"] = _with_decoder(
+            lambda data: torch.from_numpy(simplejpeg.decode_jpeg(data))
+        )
+    except ImportError:
+        pass
+    try:
+        import cv2
+
+        cv2.setNumThreads(1)
+
+        def opencv(data: bytes) -> np.ndarray:
+            picture = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+            top, left, height, width = crop.draw_box(picture.shape[1], picture.shape[0], SCALE)
+            part = cv2.resize(picture[top : top + height, left : left + width], SIZE, interpolation=cv2.INTER_CUBIC)
+            return cv2.flip(part, 1) if torch.rand(1) < 0.5 else part
+
+        found["OpenCV, no antialiasing"] = opencv
+    except ImportError:
+        pass
+    try:
+        from nvidia import nvimgcodec
+
+        found["nvimgcodec, only the crop's region, torch's bicubic"] = _region_decoder(nvimgcodec)
+    except ImportError:
+        pass
+    return found
+
+
+def _pillow(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(decode.to_picture(data, "RGB")))
+
+
+def _with_decoder(decoder: Callable[[bytes], torch.Tensor]) -> Crop:
+    transform = crop.PixelCrop(SIZE, SCALE, 0.5)
+
+    def run(data: bytes) -> np.ndarray:
+        pixels, flip = transform(decoder(data))
+        return (pixels.flip(1) if flip else pixels).numpy()
+
+    return run
+
+
+def _region_decoder(nvimgcodec) -> Crop:
+    decoder = nvimgcodec.Decoder(
+        device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+        max_num_cpu_threads=1,
+        backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)],
+    )
+
+    def run(data: bytes) -> np.ndarray:
+        stream = nvimgcodec.CodeStream(data)
+        top, left, height, width = crop.draw_box(stream.width, stream.height, SCALE)
+        region = nvimgcodec.Region(top, left, top + height, left + width)
+        part = torch.from_numpy(np.asarray(decoder.decode(stream.get_sub_code_stream(region=region)).cpu()))
+        resized = torch.nn.functional.interpolate(part.permute(2, 0, 1)[None], SIZE, mode="bicubic", antialias=True)[
+            0
+        ].permute(1, 2, 0)
+        return (resized.flip(1) if torch.rand(1) < 0.5 else resized).numpy()
+
+    return run
+
+
+def _over(files: list[Path], function: Callable[[bytes], object]) -> Callable[[], None]:
+    def run() -> None:
+        for number, path in enumerate(files):
+            torch.default_generator.manual_seed(number)
+            function(path.read_bytes())
+
+    return run
+
+
+def _over_set(images: ImageSet, transform: crop.PixelCrop) -> Callable[[], None]:
+    load = images.pixels if transform.takes_pixels else images.picture
+
+    def run() -> None:
+        for number in range(len(images)):
+            torch.default_generator.manual_seed(number)
+            transform(load(number))
+
+    return run
+
+
+def _text(value: object) -> object:
+    return value.format() if isinstance(value, timing.Spread) else value

@@ -1,0 +1,82 @@
+"""FLOPs of a training step, the device's peak, and the memory a step needs."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.timing import wait_for_device
+from models_mae import MaskedAutoencoderViT
+
+
+def training_flops(model: MaskedAutoencoderViT, keep_lengths: list[int]) -> float:
+    """FLOPs of forward and backward for images that keep `keep_lengths` patches: three times the forward pass.
+
+    Counts the model's matrix products (a multiplication and an addition are two), every patch embedded once; neither
+    salience, nor normalisation, nor what is computed again.
+    """
+    num_images, num_tokens = len(keep_lengths), model.num_patches
+    patch = model.patch_embed.proj
+    width, decoder_width = patch.out_channels, model.decoder_embed.out_features
+    pixels = patch.weight[0].numel()
+    lengths = [keep + 1 for keep in keep_lengths]
+    total = num_images * num_tokens * pixels * width
+    total += sum(_block_products(model.blocks, width, length) for length in lengths)
+    total += sum(lengths) * width * decoder_width
+    total += num_images * _block_products(model.decoder_blocks, decoder_width, num_tokens + 1)
+    total += num_images * (num_tokens + 1) * decoder_width * pixels
+    return 3 * 2 * total
+
+
+def _block_products(blocks: nn.ModuleList, width: int, length: int) -> int:
+    linear = sum(m.in_features * m.out_features for m in blocks[0].modules() if isinstance(m, nn.Linear))
+    return len(blocks) * (length * linear + 2 * length * length * width)
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype, rounds: int = 20) -> float:
+    """FLOP/s of a large square matrix product, the best of `rounds`."""
+    size = 8192 if device.type == "cuda" else 1536
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    out, best = torch.empty_like(left), float("inf")
+    for _ in range(rounds):
+        wait_for_device()
+        start = time.perf_counter()
+        torch.matmul(left, right, out=out)
+        wait_for_device()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def peak_memory(step: Callable[[], object], tensors: list[torch.Tensor]) -> float:
+    """Bytes that `step` needs: `tensors` that it keeps, and the most it allocates on top while it runs."""
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return kept + torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from the present size
+    before = _status("VmRSS")
+    step()
+    return kept + _status("VmHWM") - before
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Parameters, buffers and the optimizer's state."""
+    state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
+    return [*model.parameters(), *model.buffers(), *state]

@@ -1,0 +1,195 @@
+"""`scripts/benchmark.py train` and `growth`: what a training step costs, against peers and against itself."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable
+
+import torch
+
+import masking
+from benchmarks import report
+from benchmarks.contenders import Contender, Ours, SpreadCounts, hugging_face, plain_mae
+from benchmarks.measure import matmul_peak, peak_memory, training_flops
+from benchmarks.timing import Spread, interleave, ratio, short
+from util import precision
+
+MODELS = {"base": "mae_vit_base_patch16", "large": "mae_vit_large_patch16", "small": "mae_vit_small_patch16"}
+REFERENCE = "random"
+
+
+def main(argv: list[str]) -> None:
+    """Steps of every model asked for, interleaved."""
+    arguments = parse(argv)
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    amp = precision.resolve_amp(arguments.amp, device)
+    content = {"environment": report.environment(), "amp": amp, "models": {}}
+    print(report.table([content["environment"]]))
+    dtype = precision.AMP_DTYPES[amp] or torch.float32
+    content["matmul_peak_tflops"] = matmul_peak(device, dtype) / 1e12
+    print(f"\nlarge matrix product, {dtype}: {content['matmul_peak_tflops']:.4g} TFLOP/s\n")
+    for name in arguments.models:
+        for compiled in (False, True) if arguments.compile else (False,):
+            title = f"{name}, {'compiled' if compiled else 'eager'}"
+            content["models"][title] = compare(title, arguments, device, amp, compiled, content["matmul_peak_tflops"])
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            if arguments.json:
+                report.write_json(arguments.json, content)  # after every model: nothing is lost if a later one fails
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The flags of `train` and `growth`."""
+    parser = argparse.ArgumentParser(prog="scripts/benchmark.py train", description=main.__doc__)
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["base", "large"] if gpu else ["base"])
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
+    parser.add_argument("--amp", choices=("bf16", "fp16", "none"), help="default: bf16 on a GPU, none on the CPU")
+    parser.add_argument("--batch_size", type=int, help="default: 16 on the CPU, as many as fit up to 512 on a GPU")
+    parser.add_argument("--rounds", type=int, default=10 if gpu else 5, help="times every contender has its turn")
+    parser.add_argument("--repeats", type=int, default=3 if gpu else 1, help="steps in one turn")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu, help="also with torch.compile")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also other codes' steps")
+    parser.add_argument("--json", help="file for the numbers")
+    return parser.parse_args(argv)
+
+
+def compare(
+    title: str, arguments: argparse.Namespace, device: torch.device, amp: str, compiled: bool, peak_tflops: float
+) -> dict:
+    """Time all contenders of one model and print their table."""
+    name = MODELS[title.split(",")[0]]
+    ours = Ours(name, device, amp, compiled=compiled)
+    batch_size = arguments.batch_size or fitting_batch(ours, device)
+    images = torch.randn(batch_size, 3, 224, 224, device=device)
+    contenders = _ours(ours, images) | _packing(name, images, amp, compiled)
+    if arguments.peers:
+        contenders |= _peers(name, ours, images, amp)
+    with torch.no_grad():
+        tokens = ours.model.embed(images)
+    calls = {label: contender.step for label, contender in contenders.items()}
+    calls["salience alone"] = lambda: masking.token_salience(tokens)
+    seconds = interleave(calls, arguments.rounds, warmup=2 if device.type == "cuda" else 1, repeats=arguments.repeats)
+    rows = [_row(label, contender, seconds, ours, batch_size, peak_tflops) for label, contender in contenders.items()]
+    share = ratio(seconds, "salience alone", "sbam")
+    rows.append({"step": "salience alone", "ms": _milliseconds(seconds["salience alone"]), "time": share.format()})
+    print(f"\n## {title}, {batch_size} images, {amp}, {arguments.rounds} rounds\n\n{report.table(rows)}\n", flush=True)
+    print("time: times the step of random, of the packed ones times that of fixed; salience: times the step of sbam")
+    return {"batch_size": batch_size, "rows": rows, "seconds": seconds}
+
+
+def _ours(ours: Ours, images: torch.Tensor) -> dict[str, Contender]:
+    return {name: ours.contender(images, masking.create(name)) for name in ("random", "sbam", "sbam_amr")}
+
+
+def _packing(name: str, images: torch.Tensor, amp: str, compiled: bool) -> dict[str, Contender]:
+    """Equal totals of tokens: one number for all, spread numbers packed, the same padded."""
+    model = Ours(name, images.device, amp, compiled=compiled)
+    padded = Ours(name, images.device, amp, compiled=compiled, padded=True)
+    return {
+        "fixed": model.contender(images, masking.create("random")),
+        "spread, packed": model.contender(images, SpreadCounts()),
+        "spread, padded": padded.contender(images, SpreadCounts()),
+    }
+
+
+def _peers(name: str, ours: Ours, images: torch.Tensor, amp: str) -> dict[str, Contender]:
+    found = {"plain MAE": plain_mae(name, images)}
+    try:
+        found["Hugging Face"] = hugging_face(ours.model, images, amp)
+    except ImportError:
+        print("transformers is not installed: no comparison with Hugging Face (pip install transformers)")
+    return found
+
+
+def _row(
+    label: str, contender: Contender, seconds: dict, ours: Ours, batch_size: int, peak_tflops: float
+) -> dict[str, str]:
+    lengths = contender.keep_lengths or [masking.keep_count(ours.model.num_patches, 0.75)] * batch_size
+    time = Spread.of(seconds[label])
+    tflops = training_flops(ours.model, lengths) / time.median / 1e12
+    reference = "fixed" if label.startswith("spread") else REFERENCE
+    return {
+        "step": label,
+        "images/s": short(batch_size / time.median),
+        "ms": _milliseconds(seconds[label]),
+        "time": ratio(seconds, label, reference).format(),
+        "kept patches": f"{min(lengths)}..{max(lengths)}" if len(set(lengths)) > 1 else str(lengths[0]),
+        "TFLOP/s": short(tflops),
+        "of peak": f"{tflops / peak_tflops:.1%}",
+        "memory GB": short(peak_memory(contender.step, contender.tensors()) / 1e9),
+    }
+
+
+def _milliseconds(seconds: list[float]) -> str:
+    return Spread.of([1000 * value for value in seconds]).format()
+
+
+def fitting_batch(ours: Ours, device: torch.device, limit: int = 512) -> int:
+    """16 on the CPU; on a GPU the largest power of two, up to `limit`, that should need half of the free memory."""
+    if device.type == "cpu":
+        return 16
+    images = torch.randn(32, 3, 224, 224, device=device)
+    contender = ours.contender(images, masking.create("sbam"))
+    contender.step()
+    per_image = (peak_memory(contender.step, contender.tensors()) - ours_bytes(contender)) / 32
+    free, _ = torch.cuda.mem_get_info()
+    batch = 32
+    while 2 * batch <= limit and 2 * batch * per_image < 0.5 * free:
+        batch *= 2
+    return batch
+
+
+def ours_bytes(contender: Contender) -> int:
+    """Bytes of parameters and optimizer state."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in contender.tensors())
+
+
+def growth(argv: list[str]) -> None:
+    """How a step's time grows with the batch, the image and the mask ratio."""
+    arguments = parse(argv)
+    device = torch.device(arguments.device)
+    amp = precision.resolve_amp(arguments.amp, device)
+    name = MODELS[arguments.models[0]]
+    largest = arguments.batch_size or fitting_batch(Ours(name, device, amp), device)
+    sizes = [largest // 2**i for i in range(largest.bit_length())][::-1]
+    content = {"environment": report.environment(), "amp": amp, "model": name}
+    print(report.table([content["environment"]]))
+    content["batch"] = _grow("batch", sizes, lambda n: (name, n, 224, 0.75), arguments, device, amp)
+    few = max(1, largest // 4)
+    content["image"] = _grow("image", [224, 288, 384, 448], lambda n: (name, few, n, 0.75), arguments, device, amp)
+    content["ratio"] = _grow(
+        "ratio", [0.5, 0.6, 0.7, 0.8, 0.9], lambda r: (name, largest, 224, r), arguments, device, amp
+    )
+    if arguments.json:
+        report.write_json(arguments.json, content)
+
+
+def _grow(
+    label: str, values: list, case: Callable, arguments: argparse.Namespace, device: torch.device, amp: str
+) -> list[dict]:
+    """Every value's `random` and `sbam_amr`, interleaved over the values."""
+    calls, counts = {}, {}
+    for value in values:
+        name, batch_size, img_size, mask_ratio = case(value)
+        ours = Ours(name, device, amp, img_size=img_size)
+        images = torch.randn(batch_size, 3, img_size, img_size, device=device)
+        for strategy in ("random", "sbam_amr"):
+            options = {"delta_r": min(0.15, round(0.99 - mask_ratio, 2))} if strategy == "sbam_amr" else {}
+            contender = ours.contender(images, masking.create(strategy, mask_ratio=mask_ratio, **options))
+            calls[strategy, value], counts[value] = contender.step, batch_size
+    seconds = interleave(calls, arguments.rounds, warmup=1, repeats=arguments.repeats)
+    rows = []
+    for value in values:
+        row = {label: value, "images": counts[value]}
+        for strategy in ("random", "sbam_amr"):
+            row[f"{strategy}, ms per image"] = Spread.of(
+                [1000 * t / counts[value] for t in seconds[strategy, value]]
+            ).format()
+        rows.append(row)
+    print(f"\n{report.table(rows)}\n", flush=True)
+    return rows

@@ -1,0 +1,32 @@
+#!/usr/bin/env python3
+"""Measure: `scripts/benchmark.py {train,growth,data} [flags]`; `--help` after the word lists its flags.
+
+    train   the training step of every strategy, against fixed counts, padding, Hugging Face and a plain MAE
+    growth  a step's time over batch, image size and mask ratio
+    data    decoding and augmentation, images per second and core
+
+Contenders take turns in one process: compare numbers of one run only.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+def main(argv: list[str]) -> int:
+    """Dispatch on the first word."""
+    word = argv[0] if argv else ""
+    if word not in ("train", "growth"):
+        print(__doc__, file=sys.stderr if word not in ("-h", "--help") else sys.stdout)
+        return 0 if word in ("-h", "--help") else 2
+    from benchmarks import training
+
+    {"train": training.main, "growth": training.growth}[word](argv[1:])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,198 @@
+"""Every kind of picture: shown rightly, or replaced, named once, counted, and stopping the run where there are many."""
+
+from __future__ import annotations
+
+import io
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from util import datasets, decode, transforms
+from util.bad_pictures import BadPictures, TooManyBadPictures
+from util.datasets import SeededImages
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (6, 10, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)  # 48 x 80
+
+
+def encoded(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def rgb(format: str = "JPEG", **options) -> bytes:
+    return encoded(Image.fromarray(PIXELS), format, **({"quality": 95} | options))
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    return rgb(exif=exif.tobytes(), subsampling=0)
+
+
+def with_frames(format: str) -> bytes:
+    others = [Image.fromarray(255 - PIXELS)]
+    return rgb(format, save_all=True, append_images=others, lossless=True)
+
+
+def palette() -> bytes:
+    image = Image.fromarray(PIXELS).quantize(64)
+    return encoded(image, "PNG", transparency=bytes(range(64)))
+
+
+def sixteen_bits() -> bytes:
+    return encoded(Image.fromarray(np.linspace(0, 65535, 48 * 80).astype(np.uint16).reshape(48, 80)), "PNG")
+
+
+GOOD = {
+    "jpeg": rgb(),
+    "progressive": rgb(progressive=True),
+    "grey.jpeg": encoded(Image.fromarray(PIXELS[..., 0]), "JPEG"),
+    "cmyk.jpeg": encoded(Image.fromarray(PIXELS).convert("CMYK"), "JPEG"),
+    "a png called.jpg": rgb("PNG"),
+    "palette with transparency.png": palette(),
+    "16 bit.png": sixteen_bits(),
+    "animated.png": with_frames("PNG"),
+    "animated.webp": with_frames("WEBP"),
+    "animated gif.jpg": with_frames("GIF"),
+    "rotated.jpg": rotated(),
+    "one pixel.jpg": encoded(Image.new("RGB", (1, 1), "red"), "JPEG"),
+    "one pixel.png": encoded(Image.new("RGBA", (1, 1), "red"), "PNG"),
+    "thin.png": encoded(Image.new("L", (1, 200), 7), "PNG"),
+}
+
+
+def bomb(size: int = 14000) -> bytes:
+    """Few bytes, whose header announces more pixels than Pillow accepts."""
+    data = bytearray(rgb())
+    place = data.index(b"\xff\xc0")
+    data[place + 5 : place + 9] = size.to_bytes(2, "big") * 2
+    return bytes(data)
+
+
+BAD = {
+    "truncated.jpg": rgb()[:-400],
+    "truncated.png": rgb("PNG")[:-400],
+    "empty.jpg": b"",
+    "html.jpg": b"<html>404 not found</html>",
+    "bomb.jpg": bomb(),
+    "bomb.png": encoded(Image.new("1", (14000, 14000)), "PNG"),
+    "float.tif": encoded(Image.fromarray(PIXELS[..., 0].astype(np.float32)), "TIFF"),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("name", GOOD)
+def test_what_can_be_shown_is_shown(name, channels):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = decode.to_picture(GOOD[name], decode.MODES[channels])
+    pixels = decode.to_pixels(GOOD[name], channels)
+    expected = np.asarray(picture).reshape(picture.height, picture.width, channels)
+    np.testing.assert_array_equal(pixels.numpy(), expected)  # both ways of decoding agree to the bit
+    size = (32, 16)
+    for exact, content in ((True, picture), (False, pixels)):
+        crop, _ = transforms.pretrain_transform(size, (0.2, 1.0), 0.5, exact)(content)
+        assert crop.shape == (*size, channels)
+        assert crop.dtype == torch.uint8
+    if channels == 3:
+        assert transforms.evaluation_transform(size, None)(picture).shape == (3, *size)
+
+
+def test_the_picture_is_the_right_one():
+    upright = decode.to_picture(rotated(), "RGB")
+    assert upright.size == (48, 80)
+    turned = Image.fromarray(np.rot90(PIXELS, -1))
+    assert np.abs(np.asarray(upright).astype(int) - np.asarray(turned).astype(int)).mean() < 8
+    for name in ("animated.png", "animated.webp", "a png called.jpg"):  # the first frame, exactly
+        np.testing.assert_array_equal(np.asarray(decode.to_picture(GOOD[name], "RGB")), PIXELS)
+    grey = np.asarray(decode.to_picture(GOOD["16 bit.png"], "L"))
+    assert (grey[0, 0], grey[-1, -1]) == (0, 255)
+    assert len(np.unique(grey)) == 256
+    clear = np.asarray(decode.to_picture(palette(), "RGBA"))[..., 3]
+    assert set(np.unique(clear)) <= set(range(64))
+    assert len(np.unique(clear)) > 30
+    cmyk = np.asarray(decode.to_picture(GOOD["cmyk.jpeg"], "RGB")).astype(int)
+    assert np.abs(cmyk - PIXELS).mean() < 12
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    for number, (name, data) in enumerate((GOOD | BAD).items()):
+        (tmp_path / f"{number:02} {name.replace('.jpeg', '.jpg')}").write_bytes(data)
+    (tmp_path / "08 progressive without end.jpg").write_bytes(b"\xff\xd8")
+    return tmp_path
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_pictures_are_replaced_named_and_counted(mixed, exact, workers, capsys):
+    images = datasets.open_unlabelled("folder", str(mixed), 3)
+    data = SeededImages(images, transforms.pretrain_transform((16, 16), (0.2, 1.0), 0.5, exact), max_bad_images=0.9)
+    keys = [(epoch, index) for epoch in (0, 1) for index in range(len(images))]
+    batches = [keys[i : i + 4] for i in range(0, len(keys), 4)]
+    loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=workers)
+    crops = torch.cat([batch[0][0] for batch in loader])
+    assert data.bad.collect(torch.device("cpu")) == len(BAD) + 1
+    said = capsys.readouterr().err
+    for name in [*BAD, "08 progressive without end.jpg"]:
+        assert said.count(name) == 1, name
+    assert data.bad.collect(torch.device("cpu")) == len(BAD) + 1
+    assert capsys.readouterr().err == ""
+    again = SeededImages(images, data.transform, max_bad_images=0.9)
+    for place, key in list(enumerate(keys))[::-1]:  # another order: the same replacements
+        assert torch.equal(again[key][0][0], crops[place])
+    names = [images.source.name(i) for i in range(len(images))]
+    empty = next(i for i, name in enumerate(names) if name.endswith("empty.jpg"))
+    assert again._first_good(empty)[0] == 0  # all from it to the end are bad
+
+
+def test_too_many_stop_the_run_with_a_sentence(capsys):
+    bad = BadPictures(1000, 0.001, lambda index: f"picture-{index}.jpg")
+    bad.mark(5)
+    assert bad.collect(torch.device("cpu")) == 1
+    bad.mark(7)
+    with pytest.raises(TooManyBadPictures) as error:
+        bad.collect(torch.device("cpu"))
+    assert error.value.code == 2
+    said = capsys.readouterr().err
+    assert "bad picture: picture-7.jpg" in said
+    assert "error: 2 of 1000 pictures cannot be decoded, more than --max_bad_images 0.001 allows" in said
+
+
+def test_nothing_but_bad_pictures_is_an_error_with_a_name(tmp_path):
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(b"none")
+    images = datasets.open_unlabelled("folder", str(tmp_path), 3)
+    data = SeededImages(images, transforms.pretrain_transform((16, 16), (0.2, 1.0), 0.5))
+    with pytest.raises(OSError, match=r"1\.png: cannot be decoded .* nor can the 3 pictures"):
+        data[0, 1]
+
+
+def test_damaged_files_never_crash_and_both_decoders_agree():
+    """300 JPEGs and PNGs with cut ends and changed bytes: decoded alike by both ways, or refused by both."""
+    random.seed(0)
+    outcomes = set()
+    for number in range(300):
+        data = bytearray(rgb() if number % 2 else rgb("PNG"))
+        if number % 3 == 0:
+            del data[random.randrange(len(data)) :]
+        for _ in range(random.randrange(1, 8)):
+            if data:
+                data[random.randrange(len(data))] = random.randrange(256)
+        found = []
+        for decoder in (lambda d: np.asarray(decode.to_picture(d, "RGB")), lambda d: decode.to_pixels(d, 3).numpy()):
+            try:
+                found.append(decoder(bytes(data)))
+            except Exception:
+                found.append(None)
+        outcomes.add(found[0] is None)
+        assert (found[0] is None) == (found[1] is None), number
+        if found[0] is not None:
+            np.testing.assert_array_equal(*found)
+    assert outcomes == {True, False}

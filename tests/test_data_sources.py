@@ -1,0 +1,178 @@
+"""Every source trains on two processes, each picture once; what is wrong with a source is said with its name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import data_files
+import numpy as np
+import pytest
+from helpers import ROOT, environment, log_lines, write_pictures
+
+from util import datasets, tar_shards
+
+TINY = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--batch_size", 3, "--epochs", 1, "--warmup_epochs", 0]
+TINY += ["--num_workers", 0, "--device", "cpu", "--print_freq", 1]
+COUNTS = {"cifar10": 15, "digits": 1438}
+NAMES = ["folder", "flat", "wds", "parquet", "arrow", "cifar10", "mnist", "npy", "tiff", "few_bad", "digits"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two steps of pre-training on two processes, for all sources under one torchrun."""
+    folder = tmp_path_factory.mktemp("sources")
+    sources = {name: [*map(str, TINY), *map(str, flags)] for name, flags in data_files.all_sources(folder).items()}
+    assert list(sources) == NAMES
+    (folder / "sources.json").write_text(json.dumps(sources))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, ROOT / "tests" / "data_worker.py", folder / "sources.json", folder]
+    variables = environment(HF_HOME=str(folder / "cache"), HF_HUB_OFFLINE="1")
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=variables, timeout=300)
+    assert result.returncode == 0, result.stderr
+    (folder / "stderr").write_text(result.stderr)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_see_every_picture_once(trained, name):
+    seen = [json.loads((trained / f"{name}-{rank}.json").read_text()) for rank in (0, 1)]
+    assert len(set(seen[0] + seen[1])) == len(seen[0] + seen[1]) == COUNTS.get(name, 12)
+    assert abs(len(seen[0]) - len(seen[1])) <= 1
+    (line,) = log_lines(trained / "runs" / name)
+    assert np.isfinite(line["train_loss"])
+    assert line["train_bad_images"] == (name == "few_bad")
+    assert 0 <= line["train_data_wait"] <= 1
+
+
+def test_bad_pictures_are_named_once_over_all_processes_and_too_many_stop_them_all(trained):
+    said = (trained / "stderr").read_text()
+    assert said.count("bad picture: ") == 2  # in the run that goes on, and in the one that stops
+    assert said.count("3.jpg: cannot be decoded") == 2
+    assert said.count("error: 1 of 12 pictures cannot be decoded, more than --max_bad_images 0.05 allows") == 1
+    assert [json.loads((trained / f"stopped-{rank}.json").read_text()) for rank in (0, 1)] == [2, 2]
+    assert not (trained / "runs" / "bad" / "checkpoint-last.pth").exists()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tar")
+    return write_pictures(folder / "pictures"), data_files.write_shards(folder / "pictures", folder / "shards")
+
+
+def copied(shards, tmp_path):
+    place = tmp_path / "shards"
+    place.mkdir()
+    for path in shards[1].glob("*.tar"):
+        (place / path.name).write_bytes(path.read_bytes())
+    return place
+
+
+def test_shards_give_the_pictures_and_classes_of_the_folder(shards):
+    folder, place = shards
+    for split, count in (("train", 3), ("val", 1)):
+        images = datasets.open_labelled("wds", str(place), split, 3)
+        files = data_files.jpegs(folder)
+        expected = [sample for shard in range(count) for sample in files[shard::count]]
+        assert [images.source.read(i) for i in range(12)] == [data for data, _ in expected]
+        assert list(images.labels) == [label for _, label in expected]
+        assert images.classes == ("0", "1")
+    assert (place / "train-001.tar.idx").is_file()
+    again = datasets.open_labelled("wds", str(place), "train", 3)
+    assert again.source.read(7) == datasets.open_unlabelled("wds", str(place), 3).source.read(7)
+    assert again.source.name(0).endswith("train-000.tar:00000.jpg")
+
+
+def test_shards_chosen_by_a_pattern(shards):
+    place = str(shards[1])
+    assert len(datasets.open_unlabelled("wds/train-{001..002}.tar", place, 3)) == 8
+    assert len(datasets.open_unlabelled("wds/*-000.tar", place, 3)) == 16
+    with pytest.raises(ValueError, match=r"train-003\.tar: this shard is missing"):
+        datasets.open_unlabelled("wds/train-{000..003}.tar", place, 3)
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("keep", [0.4, None])
+def test_a_shard_cut_short_is_named(shards, tmp_path, indexed, keep):
+    place = copied(shards, tmp_path)
+    if indexed:
+        datasets.open_unlabelled("wds", str(place), 3)
+    path = place / "train-001.tar"
+    data = path.read_bytes()
+    end = len(data.rstrip(b"\0"))
+    path.write_bytes(data[: int(len(data) * keep)] if keep else data[: end - end % 512])  # None: between two members
+    with pytest.raises(ValueError, match=r"train-001\.tar.*(cut short|copy it again)"):
+        datasets.open_unlabelled("wds", str(place), 3)
+
+
+def test_an_index_that_does_not_match_is_named(shards, tmp_path):
+    place = copied(shards, tmp_path)
+    datasets.open_unlabelled("wds", str(place), 3)
+    index = place / "train-000.tar.idx"
+    whole = index.read_text()
+    lines = whole.splitlines()
+    first = lines[1].split("\t")
+    moved = "\t".join([str(int(first[0]) + 512), *first[1:]])
+    for text in ("", "\n".join(lines[:-1]), "\n".join([lines[0], moved, *lines[2:]]), whole.replace("\t", " ")):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=r"train-000\.tar\.idx: (this index does not match|not a whole index)"):
+            datasets.open_unlabelled("wds", str(place), 3)
+
+
+def test_shards_that_the_description_names_must_be_there_and_whole(shards, tmp_path):
+    place = copied(shards, tmp_path)
+    names, lengths = [f"train-00{n}.tar" for n in range(3)], [4, 4, 4]
+    split = {"name": "train", "num_samples": 12, "filenames": names, "shard_lengths": lengths}
+    info = {"splits": {"train": split}, "classes": ["cat", "dog"]}
+    (place / tar_shards.INFO).write_text(json.dumps(info))
+    assert datasets.open_labelled("wds", str(place), "train", 3).classes == ("cat", "dog")
+    lengths[1] = 5
+    (place / tar_shards.INFO).write_text(json.dumps(info))
+    with pytest.raises(ValueError, match=r"train-001\.tar: holds 4 pictures, but .*_info\.json says 5"):
+        datasets.open_unlabelled("wds", str(place), 3)
+    (place / "train-001.tar").unlink()
+    with pytest.raises(ValueError, match=r"train-001\.tar: this shard is missing"):
+        datasets.open_unlabelled("wds", str(place), 3)
+    (place / tar_shards.INFO).write_text("{")
+    with pytest.raises(ValueError, match=r"_info\.json: not a description"):
+        datasets.open_unlabelled("wds", str(place), 3)
+
+
+def test_a_picture_without_its_class_is_named(shards, tmp_path):
+    place = data_files.write_shards(shards[0], tmp_path / "shards", labels=False)
+    assert len(datasets.open_unlabelled("wds", str(place), 3)) == 12
+    with pytest.raises(ValueError, match=r"train-000\.tar:00000\.jpg: this picture has no class"):
+        datasets.open_labelled("wds", str(place), "train", 3)
+
+
+def test_a_missing_part_of_a_library_s_data_set_is_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    data_files.write_mnist(tmp_path)
+    assert datasets.open_labelled("torch/mnist", str(tmp_path), "val", 1).picture(3).size == (28, 28)
+    (tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte").unlink()
+    (tmp_path / "nothing").mkdir()
+    cases = [
+        ("torch/mnist", tmp_path, r"torch/mnist: .*Dataset not found"),
+        ("torch/cifar", tmp_path, r"torch/cifar: .*Unknown torchvision dataset"),
+        ("torch", tmp_path, "such as torch/cifar10"),
+        (f"hfds/{tmp_path / 'nothing'}", None, "has no split to take for train"),
+        ("hfds", None, "name the folder with --data_path"),
+        ("hfids/imagenet-1k", None, "a stream cannot be resumed exactly"),
+        ("wds", tmp_path, "no shards of the split train"),
+        ("wds/*.tar", tmp_path, "this shard is missing"),
+        ("wdz", tmp_path, "did you mean 'wds'"),
+    ]
+    for name, place, message in cases:
+        with pytest.raises(ValueError, match=message):
+            datasets.open_unlabelled(name, place and str(place), 1)
+
+
+def test_parquet_has_its_classes(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    place = data_files.write_parquet(write_pictures(tmp_path / "pictures"), tmp_path / "parquet")
+    images = datasets.open_labelled(f"hfds/{place}", str(tmp_path / "cache"), "val", 3)
+    assert images.classes == ("no", "yes")
+    assert list(images.labels) == [0] * 6 + [1] * 6
+    assert images.picture(11).size == (40, 48)
+    assert images.source.name(11).endswith("validation, row 11 (11.jpg)")

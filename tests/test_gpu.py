@@ -1,0 +1,139 @@
+"""What only a GPU can show. Every test here is marked `gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import tiny_mae, varied_images
+from test_packing import LENGTHS, each_alone
+
+import masking
+import models_mae
+from util import optim, precision
+from util.log import Averages
+from util.packing import PackedLayout, packed_attention
+from util.step import GradientStep
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def tf32():
+    """As the mains set it."""
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((value.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def base_model(name: str, **options) -> models_mae.MaskedAutoencoderViT:
+    torch.manual_seed(0)
+    strategy = masking.create(name)
+    return models_mae.mae_vit_base_patch16(norm_pix_loss=True, masking=strategy, **options).to(GPU)
+
+
+def photographs(count: int) -> torch.Tensor:
+    """(N, 3, 224, 224) with edges and flat parts, so that the share of salient tokens varies."""
+    return torch.nn.functional.interpolate(varied_images(count), size=224, mode="bilinear")
+
+
+@pytest.mark.parametrize("name", masking.available())
+def test_masks_and_salience_equal_the_cpus(name):
+    model, images, noise = base_model(name).cpu(), photographs(6), torch.rand(6, 196)
+    tokens = model.embed(images)
+    expected, salience = model.choose_mask(tokens, noise), masking.token_salience(tokens)
+    model.to(GPU)
+    with torch.autocast("cuda", torch.bfloat16):
+        tokens = model.embed(images.to(GPU))
+        found = model.choose_mask(tokens, noise.to(GPU))
+        torch.testing.assert_close(masking.token_salience(tokens).cpu(), salience, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found.mask.cpu(), expected.mask)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_packed_attention_is_each_sequence_alone(lengths, dtype):
+    torch.manual_seed(0)
+    exact = torch.randn(sum(lengths), 3, 4, 64, device=GPU, requires_grad=True)
+    weight = torch.randn(sum(lengths), 4, 64, device=GPU)
+    expected = each_alone(exact, lengths)
+    expected_gradient = torch.autograd.grad((expected * weight).sum(), exact)[0]
+    rough = exact.detach().to(dtype).requires_grad_()
+    found = packed_attention(rough, PackedLayout.from_lengths(lengths, GPU))
+    assert found.dtype == dtype
+    assert relative(found, expected) < 1e-2
+    assert relative(torch.autograd.grad((found * weight).sum(), rough)[0], expected_gradient) < 1e-2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bf16_packed_training_is_close_to_each_image_alone_in_fp32(compiled):
+    torch._dynamo.reset()
+    model, images, noise = base_model("sbam_amr", depth=4, decoder_depth=2), photographs(8), torch.rand(8, 196)
+    images, noise = images.to(GPU), noise.to(GPU)
+    total, removed, counts = 0.0, 0, []
+    for i in range(8):
+        loss, _, mask = model(images[i : i + 1], noise[i : i + 1])
+        total, removed = total + loss * mask.sum(), removed + mask.sum()
+        counts.append(int(mask.sum()))
+    assert len(set(counts)) > 2
+    (total / removed).backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    if compiled:
+        model.compile_blocks()
+    with torch.autocast("cuda", torch.bfloat16):
+        loss, _, mask = model(images, noise)
+    loss.backward()
+    assert mask.sum(1).tolist() == counts
+    assert relative(loss, total / removed) < 1e-2
+    everything = [torch.cat([g[n].flatten() for n in expected]) for g in (expected, _gradients(model))]
+    assert relative(everything[1], everything[0]) < 3e-2
+
+
+def _gradients(model) -> dict[str, torch.Tensor]:
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("name", "waits"), [("random", 0), ("sbam", 0), ("sbam_amr", 1)])
+def test_a_training_step_never_makes_the_host_wait(name, waits):
+    """Under AMR once: the number of packed tokens is a shape."""
+    from engine_pretrain import train_step
+
+    model, images = base_model(name, depth=2, decoder_depth=1), photographs(8).to(GPU)
+    optimizer = optim.pretrain_adamw(model, 0.05, GPU)
+    update = GradientStep(model, optimizer, precision.grad_scaler("bf16", GPU), 1000.0)
+    averages = Averages(GPU)
+
+    def step() -> None:
+        train_step(model, iter([(False, images), (True, images)]), update, averages, lambda batch: (batch,), "bf16")
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with pytest.warns(UserWarning, match="synchroniz") if waits else _no_warning():
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+class _no_warning:
+    def __enter__(self):
+        import warnings
+
+        self.context = warnings.catch_warnings()
+        self.context.__enter__()
+        warnings.simplefilter("error")
+
+    def __exit__(self, *error):
+        self.context.__exit__(*error)
+
+
+def test_fine_masks_of_a_tiny_model_equal_the_cpus():
+    model, images, noise = tiny_mae(masking=masking.create("sbam_amr")), varied_images(6), torch.rand(6, 64)
+    expected = model(images, noise)[2]
+    assert torch.equal(model.cuda()(images.cuda(), noise.cuda())[2].cpu(), expected)

@@ -1,0 +1,111 @@
+"""Pictures made smaller once, so that every epoch decodes less; what that costs; and what a data set's channels are."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+
+from util import decode, seeding
+from util.crop import draw_box
+from util.datasets import ImageSet
+from util.decode import Content
+
+
+def resized(
+    content: Content,
+    *,
+    short_side: int | None = None,
+    long_side: int | None = None,
+    quality: int = 90,
+    channels: int = 3,
+) -> bytes:
+    """An encoded picture whose short or longest side is as asked, JPEG or, with an alpha channel, PNG.
+
+    A JPEG that is not larger, and needs no turning or conversion, stays as it is, byte for byte. The result is decoded
+    again before it is given back.
+
+    Raises:
+        Exception: of any type, if the picture cannot be decoded.
+    """
+    mode = decode.MODES[channels]
+    picture = decode.to_picture(content, mode)
+    side = short_side or long_side
+    scale = 1.0 if side is None else side / (min(picture.size) if short_side else max(picture.size))
+    if scale >= 1 and _is_done(content, mode):
+        return content
+    if scale < 1:
+        size = tuple(max(1, round(scale * length)) for length in picture.size)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG") if mode == "RGBA" else picture.save(buffer, "JPEG", quality=quality)
+    assert decode.to_picture(buffer.getvalue(), mode).size == picture.size
+    return buffer.getvalue()
+
+
+def _is_done(content: Content, mode: str) -> bool:
+    if isinstance(content, np.ndarray):
+        return False
+    with Image.open(io.BytesIO(content)) as image:
+        return image.format == "JPEG" and image.mode == mode and image.getexif().get(0x0112, 1) == 1
+
+
+def crop_psnr(original: Content, smaller: bytes, number: int, size: int = 224) -> float:
+    """PSNR in dB of a random crop of `smaller` against the same crop of the original, both `size` x `size` pixels.
+
+    The crop is that of pre-training (0.2 to 1 of the area), a function of `number`.
+    """
+    pictures = [decode.to_picture(content, "RGB") for content in (original, smaller)]
+    with seeding.sample_state(0, 0, number):
+        top, left, height, width = draw_box(*pictures[0].size, (0.2, 1.0))
+    crops = []
+    for picture in pictures:
+        x, y = picture.width / pictures[0].width, picture.height / pictures[0].height
+        box = (left * x, top * y, (left + width) * x, (top + height) * y)
+        crops.append(np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box), dtype=np.float64))
+    error = np.mean((crops[0] - crops[1]) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+class ChannelSums:
+    """Sums for mean and deviation of each channel, over all pixels of all pictures.
+
+    Args:
+        channels: of the pictures.
+    """
+
+    def __init__(self, channels: int):
+        self.count = 0
+        self.sums, self.squares = torch.zeros(2, channels, dtype=torch.float64)
+
+    def add(self, pixels: torch.Tensor) -> ChannelSums:
+        """Count pixels (H, W, C): `uint8` as 0..1, fp32 as they are."""
+        values = pixels.reshape(-1, pixels.shape[-1]).double() / (1 if pixels.is_floating_point() else 255)
+        self.count += len(values)
+        self.sums += values.sum(0)
+        self.squares += (values**2).sum(0)
+        return self
+
+    def merge(self, other: ChannelSums) -> None:
+        """Count everything that `other` has counted."""
+        self.count += other.count
+        self.sums += other.sums
+        self.squares += other.squares
+
+    def mean_and_std(self) -> tuple[list[float], list[float]]:
+        """One number for each channel."""
+        mean = self.sums / self.count
+        return mean.tolist(), (self.squares / self.count - mean**2).clamp(min=0).sqrt().tolist()
+
+
+def statistics_of(images: ImageSet, indices: range) -> tuple[ChannelSums, list[str]]:
+    """Sums over some pictures of a set, and what was wrong with those that cannot be decoded."""
+    sums, bad = ChannelSums(images.channels), []
+    for index in indices:
+        try:
+            sums.add(images.pixels(index))
+        except OSError as error:
+            bad.append(str(error))
+    return sums, bad

@@ -1,0 +1,94 @@
+"""Where the pictures of a data set lie: any of them, by its number, without the others."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from util.decode import Content
+
+
+class Source(Protocol):
+    """Pictures by number. `read` may fail with any error; the caller adds `name`."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Content:
+        """The encoded file, or its pixels."""
+
+    def name(self, index: int) -> str:
+        """What a person can find it by."""
+
+
+class Strings(Sequence):
+    """Many strings in two arrays: a list of a million would be copied into each worker, by its reference counts."""
+
+    def __init__(self, texts: Iterable[str]):
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        self._data = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        first = self._ends[index - 1] if index else 0
+        return self._data[first : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+
+class Files:
+    """Pictures that are files.
+
+    Args:
+        paths: of the files.
+        loader: path -> array (H, W, C); None decodes usual picture files.
+    """
+
+    def __init__(self, paths: Iterable[str], loader: Callable[[str], np.ndarray] | None = None):
+        self.paths, self.loader = Strings(paths), loader
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Content:
+        """The file's bytes, or what the loader makes of it."""
+        path = self.paths[index]
+        return Path(path).read_bytes() if self.loader is None else np.asarray(self.loader(path))
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return self.paths[index]
+
+
+class Arrays:
+    """Pictures in memory: an array (N, H, W) or (N, H, W, C), or anything that gives an array for an index."""
+
+    def __init__(self, arrays: Sequence, title: str):
+        self.arrays, self.title = arrays, title
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def read(self, index: int) -> Content:
+        """The pixels."""
+        return np.asarray(self.arrays[index])
+
+    def name(self, index: int) -> str:
+        """The data set and the number."""
+        return f"{self.title}, picture {index}"
+
+
+def import_loader(name: str) -> Callable[[str], np.ndarray]:
+    """The function `package.module:function`. ValueError if there is none."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"--loader {name}: write package.module:function, such as util.loaders:npy")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--loader {name}: cannot be imported ({error})") from error
