@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,7 +14,7 @@ import main_pretrain
 import masking
 import models_mae
 import monitor
-from util import checkpoint, datasets, features, probes, transforms
+from util import checkpoint, datasets, features, probes, sources, transforms
 from util.config import PretrainSettings
 
 METRICS = ("knn", "rank_me", "salience", "linear", "attentive")
@@ -142,8 +143,8 @@ def image_features(opened: Opened, pictures: list[str | Path], pool: str = "mean
 
     Each is resized and centre-cropped to the model's size. OSError names a file that cannot be decoded.
     """
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[opened.settings.in_chans]
-    images = datasets.ImageSet([str(path) for path in pictures], [0] * len(pictures), (), mode)
+    source = sources.Files(str(path) for path in pictures)
+    images = datasets.ImageSet(source, np.zeros(len(source), dtype=np.int64), (), opened.settings.in_chans)
     transform = transforms.evaluation_transform(opened.size, 1.0)
     return features.extract_features(
         opened.model, datasets.SeededImages(images, transform), opened.normalize, pool=pool

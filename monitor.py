@@ -15,7 +15,7 @@ from torch import nn
 
 import masking
 import views
-from util import datasets, features, transforms, visualize
+from util import datasets, features, sources, transforms, visualize
 from util.config import PretrainSettings
 from util.log import RunLog
 
@@ -49,8 +49,10 @@ def open_sets(settings: PretrainSettings, size: tuple[int, int], train_images: i
 
     def subset(images: datasets.ImageSet, most: int) -> datasets.SeededImages:
         chosen = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)
-        items, labels = [images.items[i] for i in chosen], [images.labels[i] for i in chosen]
-        return datasets.SeededImages(dataclasses.replace(images, items=items, labels=labels), transform)
+        source = sources.Chosen(images.source, chosen.tolist())
+        return datasets.SeededImages(
+            dataclasses.replace(images, source=source, labels=images.labels[chosen]), transform
+        )
 
     try:
         train = datasets.open_labelled(name, path, "train", channels)

@@ -29,7 +29,7 @@ def own_name(settings: PretrainSettings) -> str:
 
 def to_pixels(images: torch.Tensor, normalize: transforms.Normalize) -> torch.Tensor:
     """Normalised images (N, C, H, W) back to 0..1."""
-    return (images - normalize.shift) / normalize.scale / 255
+    return (images - normalize.shift) / normalize.scale
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def columns(
 
     Args:
         model: `models_mae.MaskedAutoencoderViT` in evaluation mode.
-        pixels: (N, C, H, W) uint8.
+        pixels: (N, C, H, W) uint8, or floats in 0..1.
         normalize: pixels -> what the model was trained on.
         strategies: by name; all are given the same noise.
         rebuilt: name of the strategy whose mask is reconstructed; None for a model without a decoder.
@@ -56,7 +56,7 @@ def columns(
     """
     device, grid = normalize.shift.device, model.patch_embed.grid_size
     normalized = normalize(pixels.to(device))
-    images = (pixels.float() / 255).cpu()
+    images = (pixels if pixels.is_floating_point() else pixels.float() / 255).cpu()
     tokens = model.embed(normalized)
     noise = torch.rand(tokens.shape[:2], generator=torch.Generator().manual_seed(seed)).to(device)
     salience = masking.token_salience(tokens, temperature).view(-1, *grid).cpu()

@@ -14,17 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import exporting
 from util import cli
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read, write."""
     given = make_parser().parse_args(argv)
-    try:
-        import exporting
-    except ImportError as error:
-        print(f"export.py: error: {error.name} is missing; pip install safetensors", file=sys.stderr)
-        sys.exit(2)
     with cli.exit_on_user_error():
         found = exporting.read(given.checkpoint, given.source, given.model)
         exporting.write(found, given.to, given.output)
@@ -33,12 +29,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    formats = ["timm", "hf", "safetensors", "mae"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="file, or folder with --from hf")
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--to", choices=formats, help="format to write")
-    direction.add_argument("--from", dest="source", choices=formats, help="format to read; ours is written")
+    direction.add_argument("--to", choices=exporting.FORMATS, help="format to write")
+    direction.add_argument("--from", dest="source", choices=exporting.FORMATS, help="format to read; ours is written")
     parser.add_argument("--output", type=Path, required=True, help="file, or folder with --to hf")
     parser.add_argument("--model", help="name of the architecture, where the checkpoint does not tell")
     return parser

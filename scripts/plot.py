@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw a sweep's table: means over seeds with 95% confidence intervals.
+"""Draw a sweep's table: means over seeds, with 95% confidence intervals from three seeds on.
 
 scripts/plot.py output/fig3/results.csv --x mask_ratio --y finetune_acc1 linprobe_acc1 --lines masking --pimr
 scripts/plot.py output/fig4/results.csv --x checkpoint --y finetune_acc1 linprobe_acc1 --lines masking

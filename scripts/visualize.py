@@ -13,12 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 
 import inspection
 import masking
 import views
-from util import cli, datasets, transforms, visualize
+from util import cli, datasets, sources, transforms, visualize
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
         strategies, rebuilt = choose_strategies(given, opened)
     transform = transforms.evaluation_transform(opened.size, given.crop_pct)
     with cli.exit_on_user_error():
-        pixels = torch.stack([transform(picture(images, index)) for index in range(min(given.rows, len(images)))])
+        prepared = datasets.SeededImages(images, transform)
+        pixels = torch.stack([picture(prepared, index) for index in range(min(given.rows, len(images)))])
     columns = views.columns(
         opened.model,
         pixels,
@@ -73,19 +75,19 @@ def open_images(given: argparse.Namespace, opened: inspection.Opened, places: li
     items = []
     for place in places:
         if Path(place).is_dir():
-            items += datasets.open_unlabelled("folder", place, channels).items
+            found = datasets.open_unlabelled("folder", place, channels)
+            items += [found.source.name(index) for index in range(len(found))]
         elif Path(place).is_file():
             items.append(place)
         else:
             raise ValueError(f"{place}: there is no such picture or folder")
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
-    return datasets.ImageSet(items, [0] * len(items), (), mode)
+    return datasets.ImageSet(sources.Files(items), np.zeros(len(items), dtype=np.int64), (), channels)
 
 
-def picture(images: datasets.ImageSet, index: int):
-    """Picture `index`, decoded. ValueError names a file that is none."""
+def picture(images: datasets.SeededImages, index: int) -> torch.Tensor:
+    """Picture `index`, decoded, (C, H, W). ValueError names a file that is none."""
     try:
-        return images.picture(index)
+        return images[0, index][0]
     except OSError as error:
         raise ValueError(str(error)) from error
 
@@ -112,7 +114,9 @@ def check_output(output: Path) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="+", metavar="[CHECKPOINT] PICTURE_OR_FOLDER", help="the checkpoint first")
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="a checkpoint (.pth) first, then pictures and folders"
+    )
     parser.add_argument("--output", type=Path, default=Path("masks.png"), help="PNG or PDF")
     parser.add_argument("--rows", type=int, default=6, help="pictures at most")
     parser.add_argument("--rebuild", help="strategy whose mask is reconstructed; default: the checkpoint's own")

@@ -132,7 +132,7 @@ def test_all_damaged_is_said(tmp_path):
     fill(tmp_path)
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):
         (tmp_path / name).write_bytes(b"PK")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="all its checkpoints are damaged"):
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ValueError, match="all its checkpoints are damaged"):
         checkpoint.find_own(tmp_path)
 
 

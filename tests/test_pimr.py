@@ -79,6 +79,10 @@ def test_curves_have_labels_intervals_and_the_same_scale(tmp_path):
     labels = [axis.get_ylabel() for axis in figure.axes]
     assert labels == ["k-NN accuracy (%)"] * 2 + ["PIMR"] * 2 + ["Global PIMR"] * 2
     assert {axis.get_ylim() for axis in figure.axes[2:]} == {(-0.05, 1.05)}
+    bars = [len(container.lines[2][0].get_segments()) for container in figure.axes[0].containers]
+    assert bars == [3, 3]
+    heights = [top - bottom for (_, bottom), (_, top) in figure.axes[0].containers[0].lines[2][0].get_segments()]
+    assert heights == pytest.approx([2 * 4.3027 / 3**0.5] * 3, rel=1e-4)  # t(0.975, 2), deviation 1
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["random", "sbam"]
     (line,) = [line for line in figure.axes[4].lines if list(line.get_ydata()) == pytest.approx([0.6, 1.0, 0.8])]
     assert list(line.get_xdata()) == [0.5, 0.7, 0.9]

@@ -52,8 +52,16 @@ def init(device: str | None, timeout_s: float = 1800) -> torch.device:
         torch.cuda.set_device(target)
     if launched_world_size() > 1:
         backend = backend if target.type == "cuda" else "gloo"
-        td.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        _join(backend, datetime.timedelta(seconds=timeout_s))
     return target
+
+
+def _join(backend: str, timeout: datetime.timedelta) -> None:
+    store, rank_, size = next(td.rendezvous("env://", timeout=timeout))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # torchrun keeps the store when it restarts workers: what the dead ones wrote there must not be read.
+        store = td.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    td.init_process_group(backend, store=store, rank=rank_, world_size=size, timeout=timeout)
 
 
 def finish() -> None:

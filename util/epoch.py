@@ -64,7 +64,7 @@ class EpochLoop:
     def run(self, epoch: int, update: GradientStep, train_step: TrainStep) -> dict[str, float]:
         """Train for `epoch`; means of whatever `train_step` averaged, over the epoch and all processes."""
         total, window, clock, window_images = Averages(self.device), Averages(self.device), Stopwatch(), 0
-        data_wait, data, suspects = DataWait(self.device), {}, []
+        data_wait, suspects = DataWait(self.device), []
         total.load(self.start_averages)
         start, self.start_step, self.start_averages = self.start_step, 0, {}
         steps, num_steps = self.loader.steps(epoch, start), len(self.loader)
@@ -84,13 +84,12 @@ class EpochLoop:
                 values["images_per_s"] = clock.rate(window_images * dist.world_size())
                 window.clear()
                 window_images = 0
-                data = self._data(data_wait, total)
-                self._report(values | data, epoch, step + 1)
+                self._report(values | self._data(data_wait, total), epoch, step + 1)
                 if update.most_skipped_in_a_row > self.max_skipped_steps:
                     self._give_up(epoch, step + 1, total, update, suspects)
                 suspects.clear()
         self.averages = total
-        return total.read() | {name: data[name] for name in data if name == "bad_images"}
+        return total.read() | self._bad_images()
 
     def _fetch(self, steps, data_wait: DataWait) -> tuple[list[MicroBatch], bool]:
         """All micro-batches of the next step, and whether a signal ended the waiting for them."""
@@ -112,7 +111,10 @@ class EpochLoop:
         share = waited / seconds
         if share > 0.25 and self.log is not None:
             self.log.say_once(self.loader.advice(share))
-        return {"data_wait": share} | ({"bad_images": self.bad.collect(self.device)} if self.bad is not None else {})
+        return {"data_wait": share} | self._bad_images()
+
+    def _bad_images(self) -> dict[str, int]:
+        return {"bad_images": self.bad.collect(self.device)} if self.bad is not None else {}
 
     def _report(self, values: dict[str, float], epoch: int, done: int) -> None:
         if self.log is not None:

@@ -13,6 +13,7 @@ from util import pimr
 from util.tables import Row, Summary, group
 
 MARKERS = "osD^vP*X"
+_ENOUGH = 3  # values for an interval: of two it is so wide (12.7 standard errors) that nothing else could be seen
 METRIC_NAMES = {
     "knn": "k-NN accuracy (%)",
     "linear": "quick linear accuracy (%)",
@@ -72,7 +73,7 @@ def _panel(axis: Axes, found: list[Curve], label: str) -> None:
     for number, curve in enumerate(found):
         x = np.array(curve.x, dtype=float) if numeric else np.array([names.index(str(p)) for p in curve.x], dtype=float)
         mean = np.array([summary.mean for summary in curve.summaries])
-        half = np.nan_to_num([summary.half_width for summary in curve.summaries])
+        half = [summary.half_width if summary.count >= _ENOUGH else 0.0 for summary in curve.summaries]
         shift = 0.004 * (number - (len(found) - 1) / 2) * (np.ptp(x) or 1)  # so that the bars do not hide each other
         marker = MARKERS[number % len(MARKERS)]
         axis.errorbar(x + shift, mean, half, marker=marker, markersize=4, capsize=3, linewidth=1.3, label=curve.name)

@@ -65,6 +65,24 @@ class Files:
         return self.paths[index]
 
 
+class Chosen:
+    """Some of the pictures of another source."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Content:
+        """As the other source."""
+        return self.source.read(self.indices[index])
+
+    def name(self, index: int) -> str:
+        """As the other source."""
+        return self.source.name(self.indices[index])
+
+
 class Arrays:
     """Pictures in memory: an array (N, H, W) or (N, H, W, C), or anything that gives an array for an index."""
 

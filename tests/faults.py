@@ -1,0 +1,66 @@
+"""main_pretrain.py with faults: `FAULTS='[{"kind": "SIGKILL", "forward": 5, "rank": 1}]' faults.py FLAGS`.
+
+A fault strikes in the given forward passes (counted from 0 in this process) of the given rank, every rank if none is
+given; with `once`, only while FILE does not exist. Kinds: a signal's name, sent to the process itself; `crash`; `nan`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import models_mae
+from util import dist
+
+
+@contextmanager
+def injected(faults: list[dict]) -> Iterator[None]:
+    """The model's forward pass has these faults."""
+    original, count = models_mae.MaskedAutoencoderViT.forward, 0
+
+    def forward(self, images, noise=None):
+        nonlocal count
+        number, count, factor = count, count + 1, 1.0
+        for fault in faults:
+            if number in _as_list(fault["forward"]) and fault.get("rank", dist.rank()) == dist.rank() and _first(fault):
+                if fault["kind"] == "nan":
+                    factor = float("nan")
+                elif fault["kind"] == "crash":
+                    raise RuntimeError("struck")
+                else:
+                    os.kill(os.getpid(), getattr(signal, fault["kind"]))
+        loss, pred, mask = original(self, images, noise)
+        return loss * factor, pred, mask
+
+    models_mae.MaskedAutoencoderViT.forward = forward
+    try:
+        yield
+    finally:
+        models_mae.MaskedAutoencoderViT.forward = original
+
+
+def _as_list(value) -> list[int]:
+    return value if isinstance(value, list) else [value]
+
+
+def _first(fault: dict) -> bool:
+    if "once" not in fault:
+        return True
+    path = Path(fault["once"])
+    if path.exists():
+        return False
+    path.write_text("struck")
+    return True
+
+
+if __name__ == "__main__":
+    import main_pretrain
+
+    sys.argv[0] = "main_pretrain.py"
+    with injected(json.loads(os.environ["FAULTS"])):
+        main_pretrain.main()

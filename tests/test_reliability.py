@@ -1,0 +1,237 @@
+"""Runs that are broken on purpose end as the run that was not: stops, kills, NaN, hangs, stalled loaders."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from faults import injected
+from helpers import ROOT, environment, log_lines, write_pictures
+
+import main_linprobe
+import main_pretrain
+import masking
+from util import checkpoint, control
+
+MODEL = ["--model", "mae_vit_mini_patch4", "--norm_pix_loss", "--warmup_epochs", 0, "--lr", 1e-3, "--print_freq", 1]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """26 training pictures."""
+    return write_pictures(tmp_path_factory.mktemp("pictures"), per_class=13, size=(20, 24))
+
+
+def flags(pictures, output, *more) -> list[str]:
+    """Two epochs of six steps of four pictures and one of two."""
+    given = [*MODEL, "--data_path", pictures, "--output_dir", output, "--batch_size", 4, "--epochs", 2]
+    return [str(value) for value in [*given, "--num_workers", 0, *more]]
+
+
+def pretrain(pictures, output, *more) -> list[dict]:
+    main_pretrain.main(flags(pictures, output, *more))
+    return log_lines(output)
+
+
+def stopped(pictures, output, *more) -> None:
+    with pytest.raises(SystemExit) as stop:
+        pretrain(pictures, output, *more)
+    assert stop.value.code == control.PREEMPTED
+
+
+def torchrun(pictures, output, faults, *more, processes=2, launcher=()) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+        *launcher,
+    ]
+    command += [ROOT / "tests" / "faults.py", *flags(pictures, output, *more)]
+    variables = environment(FAULTS=json.dumps(faults))
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, env=variables)
+
+
+def content(output) -> dict:
+    return checkpoint.load(output / checkpoint.LAST)
+
+
+def assert_same_run(one, other) -> None:
+    """Weights, optimizer and the epochs' lines, bit for bit."""
+    first, second = content(one), content(other)
+    assert first["step"] == second["step"]
+    torch.testing.assert_close(second["model"], first["model"], rtol=0, atol=0)
+    torch.testing.assert_close(second["optimizer"]["state"], first["optimizer"]["state"], rtol=0, atol=0)
+    left_out = {"train_data_wait"}  # the only thing that a clock decides
+    for a, b in zip(log_lines(one), log_lines(other), strict=True):
+        assert {k: v for k, v in a.items() if k not in left_out} == {k: v for k, v in b.items() if k not in left_out}
+
+
+@pytest.mark.parametrize("strategy", masking.available())
+def test_a_run_stopped_before_every_step_ends_like_one_that_was_not(pictures, tmp_path, strategy):
+    pretrain(pictures, tmp_path / "whole", "--masking", strategy)
+    stops = 0
+    with injected([{"kind": "SIGTERM", "forward": list(range(1, 200))}]):
+        while not (tmp_path / "parts").exists() or content(tmp_path / "parts")["step"] < 13:
+            stopped(pictures, tmp_path / "parts", "--masking", strategy)
+            stops += 1
+    pretrain(pictures, tmp_path / "parts", "--masking", strategy)
+    assert stops >= 6
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("number_of_workers", [(0, 2), (3, 0)], ids=str)
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR2"])
+def test_workers_may_change_when_a_stopped_run_continues(pictures, tmp_path, number_of_workers, name):
+    before, after = number_of_workers
+    pretrain(pictures, tmp_path / "whole", "--masking", "sbam_amr")
+    with injected([{"kind": name, "forward": 9}]):
+        stopped(pictures, tmp_path / "parts", "--masking", "sbam_amr", "--num_workers", before)
+    assert content(tmp_path / "parts")["step"] == 10
+    pretrain(pictures, tmp_path / "parts", "--masking", "sbam_amr", "--num_workers", after)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_checkpoint_within_the_epoch_is_written_in_time(pictures, tmp_path):
+    """Every step, here; a kill then loses one step at most, and repeats it exactly."""
+    pretrain(pictures, tmp_path / "whole")
+    with injected([{"kind": "crash", "forward": 9}]), pytest.raises(RuntimeError, match="struck"):
+        pretrain(pictures, tmp_path / "parts", "--save_every_minutes", 0)
+    assert 7 <= content(tmp_path / "parts")["step"] <= 9
+    lines = pretrain(pictures, tmp_path / "parts")
+    torch.testing.assert_close(
+        content(tmp_path / "parts")["model"], content(tmp_path / "whole")["model"], rtol=0, atol=0
+    )
+    assert len(lines) == 2
+
+
+def test_a_stop_during_evaluation_and_a_stop_before_the_first_step(pictures, tmp_path):
+    given = ["--config", ROOT / "configs/linprobe/digits.yaml", "--epochs", 2, "--num_workers", 0, "--warmup_epochs", 0]
+
+    def probe(output) -> None:
+        main_linprobe.main([str(value) for value in [*given, "--output_dir", output]])
+
+    probe(tmp_path / "whole")
+    import engine_finetune
+
+    evaluate = engine_finetune.evaluate
+
+    def interrupted(model, batches, *arguments):
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(model, batches, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_finetune, "evaluate", interrupted)
+        for _ in range(2):  # the second time there is nothing left but to evaluate
+            with pytest.raises(SystemExit) as stop:
+                probe(tmp_path / "parts")
+            assert stop.value.code == control.PREEMPTED
+    found = content(tmp_path / "parts")
+    assert (found["epoch"], found["step"]) == (-1, found["steps_per_epoch"])
+    probe(tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_one_step_with_nan_is_as_if_its_batch_had_been_left_out(pictures, tmp_path):
+    """Its images carry no weight: the same run, in which that step's gradient is thrown away by hand."""
+    from util.step import GradientStep
+
+    with injected([{"kind": "nan", "forward": 3}]):
+        lines = pretrain(pictures, tmp_path / "nan", "--epochs", 1)
+    assert lines[0]["train_skipped_steps"] == pytest.approx(1 / 7)
+    assert np.isfinite(lines[0]["train_loss"])
+    calls, original = iter(range(100)), GradientStep._step_unless
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientStep, "_step_unless", lambda self, skipped: next(calls) == 3 or original(self, skipped))
+        pretrain(pictures, tmp_path / "without", "--epochs", 1)
+    torch.testing.assert_close(
+        content(tmp_path / "nan")["model"], content(tmp_path / "without")["model"], rtol=0, atol=0
+    )
+
+
+def test_too_many_in_a_row_end_the_run_with_names_and_a_good_checkpoint(pictures, tmp_path, capsys):
+    with injected([{"kind": "nan", "forward": list(range(3, 23))}]), pytest.raises(SystemExit) as stop:
+        pretrain(pictures, tmp_path, "--epochs", 4)
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "11 steps in a row were skipped, more than --max_skipped_steps 10" in error
+    assert "the loss of rank 0 was not finite on" in error
+    assert ".jpg" in error
+    found = content(tmp_path)
+    assert found["step"] == 14
+    assert all(value.isfinite().all() for value in found["model"].values())
+    assert int(found["optimizer"]["state"][0]["step"]) == 3
+
+
+def test_a_stalled_loader_is_named_and_can_be_stopped(tmp_path, capfd):
+    (tmp_path / "data").mkdir()
+    for index in range(8):
+        np.save(tmp_path / "data" / f"{index}.npy", np.zeros((20, 24, 3), dtype=np.uint8))
+    (tmp_path / "slow_loader.py").write_text(
+        "import time, numpy\n"
+        "def load(path):\n"
+        "    time.sleep(60 if str(path).endswith('5.npy') else 0)\n"
+        "    return numpy.load(path)\n"
+        "load.extensions = ('.npy',)\n"
+    )
+    more = ["--loader", "slow_loader:load", "--num_workers", 1, "--batch_size", 2, "--dist_timeout", 3]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        start = time.monotonic()
+        with pytest.raises(SystemExit) as stop:
+            pretrain(tmp_path / "data", tmp_path / "out", *more)
+    assert stop.value.code == 1
+    assert time.monotonic() - start < 50
+    error = capfd.readouterr().err
+    assert "waited 3 s for data, for worker 0, which loads" in error
+    assert "5.npy" in error
+
+
+def test_a_killed_worker_is_restarted_by_torchrun_and_nan_on_one_rank_is_everyones(pictures, tmp_path):
+    """Two processes: rank 1 sees NaN in one step and is killed in another; the run ends by itself, unharmed."""
+    nan = {"kind": "nan", "forward": 1, "rank": 1}
+    more = ["--masking", "sbam_amr", "--batch_size", 2, "--save_every_minutes", 0]
+    whole = torchrun(pictures, tmp_path / "whole", [nan], *more)
+    assert whole.returncode == 0, whole.stderr
+    kill = {"kind": "SIGKILL", "forward": 9, "rank": 1, "once": str(tmp_path / "killed")}
+    # After the restart the process counts from 0 again, and its second step is another one.
+    nan_once = nan | {"once": str(tmp_path / "seen")}
+    broken = torchrun(pictures, tmp_path / "parts", [nan_once, kill], *more, launcher=["--max-restarts=3"])
+    assert broken.returncode == 0, broken.stderr
+    assert (tmp_path / "killed").exists()
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert log_lines(tmp_path / "whole")[0]["train_skipped_steps"] == pytest.approx(1 / 7)
+
+
+def test_the_number_of_processes_may_change(pictures, tmp_path):
+    """2, then 1, then 2: the same global batches and masks, so the same losses."""
+    more = ["--masking", "sbam_amr", "--effective_batch_size", 4, "--epochs", 3]
+    whole = pretrain(pictures, tmp_path / "whole", *more)
+    stop = [{"kind": "SIGTERM", "forward": 4, "rank": 1}]
+    assert torchrun(pictures, tmp_path / "parts", stop, *more, "--batch_size", 2).returncode != 0
+    assert content(tmp_path / "parts")["step"] == 5
+    with injected([{"kind": "SIGTERM", "forward": 7}]):
+        stopped(pictures, tmp_path / "parts", *more)
+    last = torchrun(pictures, tmp_path / "parts", [], *more, "--batch_size", 2)
+    assert last.returncode == 0, last.stderr
+    losses = [[line["train_loss"] for line in lines] for lines in (whole, log_lines(tmp_path / "parts"))]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
+def test_a_process_that_stands_still_is_named(pictures, tmp_path):
+    start = time.monotonic()
+    faults = [{"kind": "SIGSTOP", "forward": 2, "rank": 1}]
+    result = torchrun(pictures, tmp_path, faults, "--batch_size", 2, "--dist_timeout", 10)
+    assert result.returncode != 0
+    assert "could not reach all other processes within --dist_timeout" in result.stderr
+    assert "Ranks 1 failed" in result.stderr
+    assert time.monotonic() - start < 150
