@@ -1,8 +1,9 @@
-"""The launcher, without SLURM: submitit's local executor starts real processes."""
+"""The launcher, without SLURM."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -10,12 +11,13 @@ import pytest
 from helpers import ROOT, environment, log_lines
 
 import submitit_launch
+from util import control, slurm
 
 TASK = ["--config", str(ROOT / "configs/linprobe/digits.yaml"), "--epochs", "1", "--num_workers", "0"]
 
 
 def test_a_local_job_of_two_processes(tmp_path):
-    flags = ["linprobe", "--cluster", "local", "--ngpus", "2", "--cpus_per_task", "1", "--job_dir", tmp_path / "job"]
+    flags = ["linprobe", "--cluster", "local", "--ngpus", "2", "--job_dir", tmp_path / "job"]
     command = [sys.executable, ROOT / "submitit_launch.py", *flags, *TASK]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment())
     assert result.returncode == 0, result.stderr
@@ -23,13 +25,49 @@ def test_a_local_job_of_two_processes(tmp_path):
     assert "processes: 2" in (tmp_path / "job" / "config.yaml").read_text()
 
 
-def test_the_files_own_output_dir_comes_before_the_job_dir(tmp_path):
+def test_the_files_own_output_dir_comes_before_the_job_dir(tmp_path, capsys):
     config = tmp_path / "own.yaml"
     config.write_text((ROOT / "configs/pretrain/digits.yaml").read_text() + f"output_dir: {tmp_path / 'own'}\n")
-    flags = ["--cluster", "local", "--ngpus", "1", "--cpus_per_task", "1", "--job_dir", str(tmp_path / "job")]
-    submitit_launch.main(["pretrain", *flags, "--config", str(config), "--epochs", "0", "--num_workers", "0"])
-    assert (tmp_path / "own" / "checkpoint-last.pth").exists()
-    assert (tmp_path / "job" / "submitit").is_dir()
+    flags = ["--cluster", "local", "--ngpus", "1", "--job_dir", str(tmp_path / "job"), "--dry_run"]
+    submitit_launch.main(["pretrain", *flags, "--config", str(config)])
+    assert capsys.readouterr().out == f"{sys.executable} {ROOT / 'main_pretrain.py'} --config {config}\n"
+    submitit_launch.main(["pretrain", *flags, "--dataset", "digits"])
+    assert capsys.readouterr().out.endswith(f"--dataset digits --output_dir {tmp_path / 'job'}\n")
+
+
+def test_a_dry_run_prints_what_sbatch_would_get(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")  # no SLURM here
+    flags = ["--nodes", "2", "--timeout", "4320", "--mem", "500", "--partition", "gpu", "--account", "a1", "--qos", "q"]
+    flags += ["--constraint", "a100", "--comment", "two words", "--job_name", "vit", "--job_dir", str(tmp_path / "job")]
+    submitit_launch.main(["pretrain", *flags, "--dry_run", "--dataset", "digits"])
+    script = capsys.readouterr().out
+    options = "nodes=2 ntasks-per-node=8 gpus-per-node=8 cpus-per-task=10 mem=500GB time=4320 partition=gpu account=a1"
+    options += " qos=q constraint=a100 job-name=vit requeue open-mode=append signal=USR2@300"
+    for option in [*options.split(), "comment='two words'"]:
+        assert f"#SBATCH --{option}\n" in script
+    assert "--kill-on-bad-exit=1 --wait=0 --cpus-per-task=10" in script
+    assert "wckey" not in script
+    assert not (tmp_path / "job").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--nodes", "0"], "--nodes 0: must be at least 1"),
+        (["--timeout", "soon"], "argument --timeout: invalid int value: 'soon'"),
+        (["--cluster", "local", "--nodes", "2"], "--nodes 2: --cluster local is this machine alone"),
+        (["--partion", "gpu"], "there is no setting 'partion'"),
+        (["--dataset", "digits"], "sbatch is not on this machine"),
+    ],
+)
+def test_a_mistake_is_one_sentence(flags, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit) as stop:
+        submitit_launch.main(["pretrain", "--job_dir", str(tmp_path / "job"), *flags])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_a_mistake_is_found_before_anything_is_queued(tmp_path, capsys):
@@ -46,3 +84,42 @@ def test_the_effective_batch_is_checked_for_all_processes_of_the_job(tmp_path, c
         submitit_launch.main([*flags, "--batch_size", "100", "--effective_batch_size", "4096"])
     assert "100 x 16 process(es)" in capsys.readouterr().err
     assert "WORLD_SIZE" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("description", "ours"),
+    [
+        ("JobId=7 JobState=RUNNING Reason=None Restarts=0", True),  # preempted with notice, or a signal of the user's
+        ("JobId=7 JobState=COMPLETING Reason=TimeLimit Restarts=0", True),  # the notice came too late
+        ("JobId=7 JobState=COMPLETING Reason=None Restarts=0", False),  # scancel
+        ("JobId=7 JobState=COMPLETING Reason=None Restarts=1", False),  # preempted without notice: SLURM queued it
+        ("JobId=7 JobState=PENDING Reason=BeginTime Restarts=1", False),
+    ],
+)
+def test_which_jobs_are_queued_again(description, ours, tmp_path, monkeypatch):
+    """The descriptions are those of SLURM 22.05; a stand-in answers with them and notes what it is asked."""
+    asked = tmp_path / "asked"
+    (tmp_path / "scontrol").write_text(
+        f'#!/bin/bash\necho "$*" >>{asked}\n[[ $1 = show ]] && echo "{description}" || :\n'
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert slurm.requeue("7")
+    assert ("requeue 7" in asked.read_text().splitlines()) == ours
+
+
+def test_a_port_that_is_taken_is_not_chosen():
+    port = slurm.free_port("12.0")
+    assert port == slurm.free_port("12.0") != slurm.free_port("12.1")
+    with socket.socket() as taken:
+        taken.bind(("", port))
+        taken.listen()
+        assert slurm.free_port("12.0") != port
+
+
+def test_notice_of_the_time_limit():
+    assert [slurm.warning_seconds(minutes) for minutes in (1, 10, 25, 4320)] == [12, 120, 300, 300]
+
+
+def test_the_exit_status_is_that_of_a_main_that_can_continue():
+    assert slurm.PREEMPTED == control.PREEMPTED

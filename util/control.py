@@ -29,7 +29,7 @@ class Preempted(SystemExit):
         super().__init__(PREEMPTED)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):  # not for those who catch Exception while a picture is read
     """A signal came while this process was waiting for data."""
 
 

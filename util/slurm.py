@@ -91,7 +91,9 @@ def requeue(job: str) -> bool:
             return True
         except OSError as error:
             print(f"warning: {error}", file=sys.stderr, flush=True)
-    print(f"error: job {job} could not be queued again; do it with: scontrol requeue {job}", file=sys.stderr, flush=True)
+    print(
+        f"error: job {job} could not be queued again; do it with: scontrol requeue {job}", file=sys.stderr, flush=True
+    )
     return False
 
 

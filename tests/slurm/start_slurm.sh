@@ -100,10 +100,10 @@ PreemptMode=REQUEUE
 $signals
 JobRequeue=1
 ReturnToService=2
-KillWait=5
+KillWait=30
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 GresTypes=gpu
-PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=${GRACE:-20} State=UP
+PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=${GRACE:-60} State=UP
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF State=UP
 CONF
 }
