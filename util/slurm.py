@@ -44,7 +44,8 @@ def meeting_point() -> str:
     """
     node = os.environ["SLURMD_NODENAME"]
     address = re.search(r"\bNodeAddr=(\S+)", _ask("show", "node", "-o", node))
-    port = free_port(f"{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_RESTART_COUNT', '0')}")
+    job = [os.environ.get(f"SLURM_{name}", "") for name in ("CLUSTER_NAME", "JOB_ID", "RESTART_COUNT")]
+    port = free_port(" ".join(job))
     return f"MASTER_ADDR={address[1] if address else node} MASTER_PORT={port}"
 
 

@@ -71,7 +71,7 @@ write_conf() {
   local signals=""
   [ "${PREEMPT_USR:-1}" = 0 ] || signals="SlurmctldParameters=preempt_send_user_signal"
   cat >"$LAB/slurm.conf" <<CONF
-ClusterName=test
+ClusterName=test$P_CTLD
 FirstJobId=$(($(date +%s) % 1000000 + 1000))
 SlurmUser=$ME
 SlurmdUser=$ME
@@ -101,6 +101,7 @@ $signals
 JobRequeue=1
 ReturnToService=2
 KillWait=30
+MinJobAge=7200
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 GresTypes=gpu
 PartitionName=low Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=${GRACE:-60} State=UP
