@@ -54,10 +54,10 @@ class Cluster:
         shutil.rmtree(self._folder)
 
     def run(self, *command: object, **variables: str) -> str:
-        """What a SLURM command prints."""
-        env = os.environ | {"SLURM_CONF": str(self.conf)} | variables
+        """What a command prints that talks to this cluster. It runs at the file system's root."""
+        env = os.environ | variables | {"SLURM_CONF": str(self.conf)}
         words = [str(word) for word in command]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env, cwd=ROOT)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env, cwd="/")
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
@@ -57,22 +59,28 @@ class Submitted:
 
 
 def submit(cluster: Cluster, folder: Path, *flags: str, seconds: float = 0) -> Submitted:
-    """Submit as a user does; every step of the first run takes `seconds` longer."""
+    """Submit a job; every step of its first run takes `seconds` longer."""
     command = [*TWO, "--job_dir", str(folder), *TASK, "--masking_args", f"seconds={seconds}", *flags]
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         for name, value in environment(SLURM_CONF=str(cluster.conf)).items():
             patch.setenv(name, value)
-        printed: list[str] = []
-        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
         submitit_launch.main(["pretrain", *command])
-    return Submitted(re.search(r"job (\d+)", printed[-1])[1], cluster, folder)
+    return Submitted(re.search(r"job (\d+)", printed.getvalue())[1], cluster, folder)
+
+
+def submit_as_users_do(cluster: Cluster, folder: Path, *flags: str) -> Submitted:
+    """The same by the script, where the project cannot be imported but from its own folder."""
+    command = [sys.executable, ROOT / "submitit_launch.py", "pretrain", *TWO, "--job_dir", folder, *TASK, *flags]
+    variables = environment(PYTHONPATH=str(ROOT / "tests"))  # for slow_masking
+    said = cluster.run(*command, **variables)
+    return Submitted(re.search(r"job (\d+)", said)[1], cluster, folder)
 
 
 def submit_torchrun(cluster: Cluster, folder: Path, seconds: float) -> Submitted:
     """The same by scripts/slurm.sbatch."""
     folder.mkdir()
     path = f"{Path(sys.executable).parent}:{environment()['PATH']}"
-    flags = ["-c2", "-t60", "--constraint=calm", f"--output={folder / 'sbatch.out'}"]
+    flags = ["-c2", "-t60", f"--chdir={ROOT}", "--constraint=calm", f"--output={folder / 'sbatch.out'}"]
     task = [*TASK, "--masking_args", f"seconds={seconds}", "--output_dir", folder]
     script = [ROOT / "scripts/slurm.sbatch", "main_pretrain.py", *task]
     return Submitted(cluster.sbatch(*flags, *script, **environment(PATH=path, PROCESSES="2")), cluster, folder)
@@ -102,7 +110,7 @@ def jobs(clusters, tmp_path_factory) -> dict[str, Submitted]:
     kind, rude = clusters
     folder = tmp_path_factory.mktemp("jobs")
     found = {
-        "whole": submit(kind, folder / "whole", "--constraint", "calm"),
+        "whole": submit_as_users_do(kind, folder / "whole", "--constraint", "calm"),
         "limit": submit(kind, folder / "limit", "--constraint", "calm", "--timeout", "2", seconds=10),
         "preempted": submit(kind, folder / "preempted", "--constraint", "away", seconds=3),
         "terminated": submit(rude, folder / "terminated", seconds=3),

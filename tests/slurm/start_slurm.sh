@@ -100,7 +100,7 @@ PreemptMode=REQUEUE
 $signals
 JobRequeue=1
 ReturnToService=2
-KillWait=30
+KillWait=10
 MinJobAge=7200
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 GresTypes=gpu
