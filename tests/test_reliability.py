@@ -63,14 +63,15 @@ def content(output) -> dict:
 
 
 def assert_same_run(one, other) -> None:
-    """Weights, optimizer and the epochs' lines, bit for bit."""
+    """Weights and optimizer, bit for bit; the epochs' lines, up to the order in which means are summed."""
     first, second = content(one), content(other)
     assert first["step"] == second["step"]
     torch.testing.assert_close(second["model"], first["model"], rtol=0, atol=0)
     torch.testing.assert_close(second["optimizer"]["state"], first["optimizer"]["state"], rtol=0, atol=0)
     left_out = {"train_data_wait"}  # the only thing that a clock decides
     for a, b in zip(log_lines(one), log_lines(other), strict=True):
-        assert {k: v for k, v in a.items() if k not in left_out} == {k: v for k, v in b.items() if k not in left_out}
+        first, second = ({k: v for k, v in line.items() if k not in left_out} for line in (a, b))
+        assert first == pytest.approx(second, rel=1e-12, abs=1e-12)
 
 
 @pytest.mark.parametrize("strategy", masking.available())
