@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import sklearn.datasets  # noqa: E402, F401 (imported once, for all runs)
 import torch  # noqa: E402
-import torch.utils.tensorboard  # noqa: E402, F401
+import torch.utils.tensorboard  # noqa: E402
 
 import main_pretrain  # noqa: E402
 from util import checkpoint  # noqa: E402
