@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import time
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from util import precision
 
 MODELS = {"base": "mae_vit_base_patch16", "large": "mae_vit_large_patch16", "small": "mae_vit_small_patch16"}
 REFERENCE = "random"
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main(argv: list[str]) -> None:
@@ -26,10 +28,10 @@ def main(argv: list[str]) -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     amp = precision.resolve_amp(arguments.amp, device)
-    content = {"environment": report.environment(), "amp": amp, "models": {}}
+    content = {"environment": report.environment(), "amp": amp, "clock": arguments.clock, "models": {}}
     print(report.table([content["environment"]]))
     dtype = precision.AMP_DTYPES[amp] or torch.float32
-    content["matmul_peak_tflops"] = matmul_peak(device, dtype) / 1e12
+    content["matmul_peak_tflops"] = matmul_peak(device, dtype, CLOCKS[arguments.clock]) / 1e12
     print(f"\nlarge matrix product, {dtype}: {content['matmul_peak_tflops']:.4g} TFLOP/s\n")
     for name in arguments.models:
         for compiled in (False, True) if arguments.compile else (False,):
@@ -53,7 +55,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10 if gpu else 5, help="times every contender has its turn")
     parser.add_argument("--repeats", type=int, default=3 if gpu else 1, help="steps in one turn")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu, help="also with torch.compile")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these lines of the table, and random")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also other codes' steps")
+    parser.add_argument(
+        "--clock", choices=sorted(CLOCKS), default="wall", help="cpu: for a machine that others use too"
+    )
     parser.add_argument("--json", help="file for the numbers")
     return parser.parse_args(argv)
 
@@ -71,14 +77,24 @@ def compare(
         contenders |= _peers(name, ours, images, amp)
     with torch.no_grad():
         tokens = ours.model.embed(images)
+    if arguments.contenders:
+        contenders = {
+            label: c for label, c in contenders.items() if label in ("random", "fixed", *arguments.contenders)
+        }
     calls = {label: contender.step for label, contender in contenders.items()}
     calls["salience alone"] = lambda: masking.token_salience(tokens)
-    seconds = interleave(calls, arguments.rounds, warmup=2 if device.type == "cuda" else 1, repeats=arguments.repeats)
+    seconds = interleave(
+        calls,
+        arguments.rounds,
+        warmup=2 if device.type == "cuda" else 1,
+        repeats=arguments.repeats,
+        clock=CLOCKS[arguments.clock],
+    )
     rows = [_row(label, contender, seconds, ours, batch_size, peak_tflops) for label, contender in contenders.items()]
-    share = ratio(seconds, "salience alone", "sbam")
+    share = ratio(seconds, "salience alone", REFERENCE)
     rows.append({"step": "salience alone", "ms": _milliseconds(seconds["salience alone"]), "time": share.format()})
     print(f"\n## {title}, {batch_size} images, {amp}, {arguments.rounds} rounds\n\n{report.table(rows)}\n", flush=True)
-    print("time: times the step of random, of the packed ones times that of fixed; salience: times the step of sbam")
+    print("time: times the step of random, of the packed ones times that of fixed; salience: times the step of random")
     return {"batch_size": batch_size, "rows": rows, "seconds": seconds}
 
 
@@ -182,7 +198,7 @@ def _grow(
             options = {"delta_r": min(0.15, round(0.99 - mask_ratio, 2))} if strategy == "sbam_amr" else {}
             contender = ours.contender(images, masking.create(strategy, mask_ratio=mask_ratio, **options))
             calls[strategy, value], counts[value] = contender.step, batch_size
-    seconds = interleave(calls, arguments.rounds, warmup=1, repeats=arguments.repeats)
+    seconds = interleave(calls, arguments.rounds, warmup=1, repeats=arguments.repeats, clock=CLOCKS[arguments.clock])
     rows = []
     for value in values:
         row = {label: value, "images": counts[value]}

@@ -19,12 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 def main(argv: list[str]) -> int:
     """Dispatch on the first word."""
     word = argv[0] if argv else ""
-    if word not in ("train", "growth"):
-        print(__doc__, file=sys.stderr if word not in ("-h", "--help") else sys.stdout)
-        return 0 if word in ("-h", "--help") else 2
-    from benchmarks import training
+    if word in ("-h", "--help"):
+        print(__doc__)
+        return 0
+    if word not in ("train", "growth", "data"):
+        print(f"benchmark.py: error: {word or 'nothing'}: say train, growth or data", file=sys.stderr)
+        return 2
+    from benchmarks import data, training
 
-    {"train": training.main, "growth": training.growth}[word](argv[1:])
+    {"train": training.main, "growth": training.growth, "data": data.main}[word](argv[1:])
     return 0
 
 

@@ -44,10 +44,11 @@ class LARS(torch.optim.Optimizer):
     Tensors of two and more dimensions: g <- g + weight_decay p, scaled by trust_coefficient |p| / |g| (by 1 where
     either norm is 0). 1-D tensors: the raw gradient. Then m <- momentum m + g, p <- p - lr m.
 
-    Nothing changes where the attribute `found_inf`, which `GradScaler` and `GradientStep` set, is 1.
+    Like the fused optimizers of torch it reads, where they are set, the attributes `grad_scale` (gradients are divided
+    by it) and `found_inf` (nothing changes where it is 1), on the device.
     """
 
-    _step_supports_amp_scaling = True  # `found_inf` is read on the device
+    _step_supports_amp_scaling = True
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust_coefficient=0.001):
         defaults = {
@@ -69,7 +70,9 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _update(self, parameter: torch.Tensor, group: dict) -> None:
-        gradient = parameter.grad
+        gradient, grad_scale = parameter.grad, getattr(self, "grad_scale", None)
+        if grad_scale is not None:
+            gradient = gradient / grad_scale
         if parameter.ndim > 1:
             gradient = gradient.add(parameter, alpha=group["weight_decay"])
             weight_norm, gradient_norm = parameter.norm(), gradient.norm()

@@ -85,12 +85,12 @@ class GradientStep:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         # DistributedDataParallel has averaged over the processes; undo that along with the nominal count.
-        torch._foreach_mul_(gradients, self.nominal_count * dist.world_size() / total)
-        norm = nn.utils.get_total_norm(gradients)
+        factor = self.nominal_count * dist.world_size() / total
+        norm = nn.utils.get_total_norm(gradients) * factor
         skipped = ~(norm.isfinite() & global_loss.isfinite())
         if self.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_grad, norm)
-        self._step_unless(skipped)
+            factor = factor * (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
+        self._step_unless(skipped, gradients, factor)
         self.optimizer.zero_grad(set_to_none=True)
         self._in_a_row = (self._in_a_row.to(norm.device) + 1) * skipped
         self._most_in_a_row = torch.maximum(self._most_in_a_row.to(norm.device), self._in_a_row)
@@ -101,13 +101,17 @@ class GradientStep:
         """The longest series of skipped steps so far. The host waits for the device."""
         return int(self._most_in_a_row)
 
-    def _step_unless(self, skipped: torch.Tensor) -> None:
+    def _step_unless(self, skipped: torch.Tensor, gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
+        """Step on `gradients` times `factor`."""
+        reads_flags = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        if reads_flags and not self.scaler.is_enabled():  # the kernel divides, and skips, by itself
+            self.optimizer.grad_scale, self.optimizer.found_inf = 1 / factor, skipped.float()
+            self.optimizer.step()
+            del self.optimizer.grad_scale, self.optimizer.found_inf
+            return
+        torch._foreach_mul_(gradients, factor)
         if self.scaler.is_enabled():  # it has seen the same gradients, and lowers its scale as well
             self.scaler.step(self.optimizer)
             self.scaler.update()
-        elif getattr(self.optimizer, "_step_supports_amp_scaling", False):  # the kernel reads the flag by itself
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, skipped.float()
-            self.optimizer.step()
-            del self.optimizer.grad_scale, self.optimizer.found_inf
         elif not skipped:
             self.optimizer.step()

@@ -1,0 +1,194 @@
+#!/usr/bin/env python3
+"""Kill pre-training runs at random moments, restart them, and compare their end with that of a run left in peace.
+
+scripts/torture.py --kills 50 --seed 0 --report report.json
+
+Real processes, real signals, the built-in digits. Every strategy, 0, 1 and 3 loader workers, one process and two under
+torchrun. At least a fifth of the SIGKILLs wait until a checkpoint is being written. The weights and the optimizer must
+be the same bit for bit; the exit status is 1 if they are not. About 15 minutes on 2 cores for 50 kills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import sklearn.datasets  # noqa: E402, F401 (imported once, for all runs)
+import torch  # noqa: E402
+import torch.utils.tensorboard  # noqa: E402
+
+import main_pretrain  # noqa: E402
+from util import checkpoint  # noqa: E402
+
+CASES = [  # (strategy, workers, processes)
+    ("random", 0, 1),
+    ("sbam", 1, 1),
+    ("sbam_amr", 3, 1),
+    ("sbam_amr", 0, 1),
+    ("random", 1, 2),
+    ("sbam_amr", 1, 2),
+]
+
+
+@dataclass
+class Tally:
+    """What happened in one case."""
+
+    case: tuple
+    signal: str
+    kills: int = 0
+    within_a_write: int = 0
+    runs: int = 0
+    differing: int = 0
+    without_checkpoint: int = 0
+    seconds: float = 0.0
+    reference_s: float = field(default=0.0, repr=False)
+
+
+def main(argv: list[str]) -> int:
+    """Run the campaign; 1 if anything differed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="SIGKILLs, and half as many SIGTERMs, over all cases")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--report", help="JSON file for the tallies")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rng, tallies = random.Random(arguments.seed), []
+    for name, total in (("SIGKILL", arguments.kills), ("SIGTERM", arguments.kills // 2)):
+        shares = [total // len(CASES) + (i < total % len(CASES)) for i in range(len(CASES))]
+        for case, share in zip(CASES, shares, strict=True):
+            with tempfile.TemporaryDirectory() as folder:
+                tallies.append(torture(case, share, name, rng, Path(folder)))
+            print(tallies[-1], flush=True)
+            if arguments.report:
+                content = {"seed": arguments.seed, "cases": [vars(tally) for tally in tallies]}
+                Path(arguments.report).write_text(json.dumps(content, indent=2) + "\n")
+    bad = sum(tally.differing + tally.without_checkpoint for tally in tallies)
+    print(
+        f"{sum(t.kills for t in tallies)} signals, {sum(t.within_a_write for t in tallies)} of them within a write, "
+        f"{sum(t.runs for t in tallies)} runs completed, {bad} wrong"
+    )
+    return int(bad > 0)
+
+
+def torture(case: tuple, kills: int, name: str, rng: random.Random, folder: Path) -> Tally:
+    """`kills` signals to runs of one case; a run that ends is compared and another one begins."""
+    tally, start = Tally(case, name), time.monotonic()
+    reference = launch(case, folder / "reference")
+    wait(reference, None)
+    expected, tally.reference_s = final(folder / "reference"), time.monotonic() - start
+    while tally.kills < kills:
+        output = folder / f"run{tally.runs}"
+        while True:
+            process = launch(case, output)
+            if tally.kills < kills:
+                within_a_write = name == "SIGKILL" and tally.kills % 4 == 3
+                strike(process, output, name, within_a_write, rng.uniform(0, 0.7) * tally.reference_s, tally)
+            if wait(process, 600) == 0:
+                break
+        tally.runs += 1
+        tally.differing += not same(expected, final(output))
+    tally.seconds = time.monotonic() - start
+    return tally
+
+
+def launch(case: tuple, output: Path) -> int:
+    """Start a run in a process group of its own; its number."""
+    strategy, workers, processes = case
+    flags = ["--dataset", "digits", "--in_chans", 1, "--model", "mae_vit_mini_patch4", "--norm_pix_loss", "--epochs", 3]
+    flags += ["--masking", strategy, "--num_workers", workers, "--effective_batch_size", 64, "--lr", 1e-3]
+    flags += ["--batch_size", 64 // processes, "--warmup_epochs", 0, "--print_freq", 50, "--output_dir", output]
+    flags = [str(flag) for flag in [*flags, "--save_every_minutes", 0.002]]
+    output.mkdir(parents=True, exist_ok=True)
+    if processes == 1:
+        return fork(flags, output)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    with open(output / "out.txt", "a") as file:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(
+            [*command, str(ROOT / "main_pretrain.py"), *flags],
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
+        ).pid
+
+
+def fork(flags: list[str], output: Path) -> int:
+    """Without the seconds that importing takes."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        os.setsid()
+        file = os.open(output / "out.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        sys.argv[0] = "main_pretrain.py"
+        main_pretrain.main(flags)
+        status = 0
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    finally:
+        os._exit(status)
+
+
+def strike(process: int, output: Path, name: str, within_a_write: bool, delay: float, tally: Tally) -> None:
+    """Wait, then until a checkpoint is being written if asked to, and send the signal to the whole group."""
+    end = time.monotonic() + delay
+    temporary = output / "checkpoint-new.pth.tmp"
+    while time.monotonic() < end or (within_a_write and not temporary.exists()):
+        if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return  # it ended before
+        time.sleep(0.0003)
+    os.killpg(process, getattr(signal, name))
+    tally.kills += 1
+    tally.within_a_write += temporary.exists() and name == "SIGKILL"
+    wait(process, 600, reap=False)
+    if (output / checkpoint.LAST).exists() or (output / checkpoint.PREVIOUS).exists():
+        tally.without_checkpoint += checkpoint.find_own(output) is None
+
+
+def wait(process: int, limit: float | None, reap: bool = True) -> int:
+    """The exit status, negative for a signal; the whole group is gone then."""
+    options = os.WEXITED | (0 if reap else os.WNOWAIT)
+    result = os.waitid(os.P_PID, process, options)
+    return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
+def final(output: Path) -> dict:
+    """The last checkpoint."""
+    return checkpoint.load(output / checkpoint.LAST)
+
+
+def same(one: dict, other: dict) -> bool:
+    """Steps, weights and the optimizer's state are equal bit for bit."""
+    first, second = (flatten({k: c[k] for k in ("step", "model", "optimizer")}) for c in (one, other))
+    return first.keys() == second.keys() and all(
+        torch.equal(first[k], second[k]) if torch.is_tensor(first[k]) else first[k] == second[k] for k in first
+    )
+
+
+def flatten(value, prefix: str = "") -> dict:
+    """Nested containers -> {path: leaf}."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None:
+        return {prefix: value}
+    return {k: v for name, item in items for k, v in flatten(item, f"{prefix}/{name}").items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,69 @@
+"""What the benchmark counts and compares is what it says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT, environment, tiny_mae, varied_images
+from torch.utils.flop_counter import FlopCounterMode
+
+import masking
+from benchmarks import report, timing
+from benchmarks.contenders import PaddedMAE, SpreadCounts
+from benchmarks.measure import peak_memory, training_flops
+
+
+def test_flops_are_those_that_torch_counts():
+    """All patches embedded once, encoder over 16 of 64, decoder over 65; backward is twice forward."""
+    model, images = tiny_mae(), varied_images(3)
+    mask = model.choose_mask(model.embed(images))
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model.forward_decoder(model.encode(model.embed(images), mask), mask)
+    assert training_flops(model, [16, 16, 16]) == 3 * counter.get_total_flops()
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 5, 8])
+def test_spread_counts_keep_as_many_tokens_as_a_fixed_ratio(num_images):
+    mask = SpreadCounts()(torch.randn(num_images, 196, 8))
+    assert mask.num_keep.sum() == 49 * num_images
+    assert len(set(mask.num_keep.tolist())) == max(1, num_images - (num_images == 1))
+
+
+def test_the_padded_encoder_computes_the_same():
+    model, images, noise = tiny_mae(masking=masking.create("sbam_amr")), varied_images(6), torch.rand(6, 64)
+    packed = model(images, noise)[0]
+    model.__class__ = PaddedMAE
+    torch.testing.assert_close(model(images, noise)[0], packed, rtol=1e-5, atol=1e-6)
+
+
+def test_contenders_take_turns_and_ratios_are_paired():
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = timing.interleave(contenders, rounds=3, warmup=0)
+    assert "".join(calls) == "abc" + "bca" + "cab"
+    assert all(len(values) == 3 for values in seconds.values())
+    spread = timing.ratio({"a": [2.0, 30.0, 4.0], "b": [1.0, 10.0, 4.0]}, "a", "b")
+    assert (spread.median, spread.low, spread.high) == (2.0, 1.0, 3.0)
+
+
+def test_peak_memory_counts_what_a_step_allocates():
+    megabyte = 2**20
+    kept = [torch.zeros(8 * megabyte // 4)]
+    peak = peak_memory(lambda: torch.ones(64 * megabyte // 4).sum(), kept)
+    assert 60 * megabyte <= peak - 8 * megabyte < 96 * megabyte  # pages are counted by the kernel
+
+
+def test_tables_are_markdown():
+    rows = [{"step": "random", "ms": "1.5"}, {"step": "sbam"}]
+    lines = report.table(rows).splitlines()
+    assert lines == ["| step   | ms  |", "| ------ | --- |", "| random | 1.5 |", "| sbam   |     |"]
+
+
+def test_an_unknown_benchmark_is_one_sentence():
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "speed"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert result.returncode == 2
+    assert "say train, growth or data" in result.stderr
