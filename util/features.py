@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -89,6 +88,8 @@ def knn_accuracy(
         train, val: features (n, D) and classes (n,).
         neighbours: how many vote; all of `train` where it has fewer.
     """
+    from sklearn.neighbors import KNeighborsClassifier  # takes seconds to import
+
     classifier = KNeighborsClassifier(min(neighbours, len(train[0])), metric="cosine", weights="distance")
     classifier.fit(train[0].numpy(), train[1].numpy())
     return 100 * classifier.score(val[0].numpy(), val[1].numpy())
