@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -124,9 +126,6 @@ def test_a_stop_during_evaluation_and_a_stop_before_the_first_step(pictures, tmp
     evaluate = engine_finetune.evaluate
 
     def interrupted(model, batches, *arguments):
-        import os
-        import signal
-
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(model, batches, *arguments)
 
@@ -196,6 +195,33 @@ def test_a_stalled_loader_is_named_and_can_be_stopped(tmp_path, capfd):
     error = capfd.readouterr().err
     assert "waited 3 s for data, for worker 0, which loads" in error
     assert "5.npy" in error
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_while_a_picture_is_read_is_no_bad_picture(tmp_path, workers):
+    """Readers catch every exception of a decoder, but not this one."""
+    (tmp_path / "data").mkdir()
+    for index in range(8):
+        np.save(tmp_path / "data" / f"{index}.npy", np.full((20, 24, 3), 9 * index, dtype=np.uint8))
+    (tmp_path / f"signalling_loader_{workers}.py").write_text(
+        "import os, pathlib, signal, time, numpy\n"
+        "mark = pathlib.Path(__file__).with_name('struck')\n"
+        "def load(path):\n"
+        "    if str(path).endswith('5.npy') and not mark.exists():\n"
+        "        mark.write_text('')\n"
+        f"        os.kill({os.getpid()}, signal.SIGTERM)\n"
+        "        time.sleep(2)\n"
+        "    return numpy.load(path)\n"
+        "load.extensions = ('.npy',)\n"
+    )
+    more = ["--loader", f"signalling_loader_{workers}:load", "--num_workers", workers, "--batch_size", 2]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        stopped(tmp_path / "data", tmp_path / "parts", *more)
+        pretrain(tmp_path / "data", tmp_path / "parts", *more)
+        pretrain(tmp_path / "data", tmp_path / "whole", *more)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert log_lines(tmp_path / "parts")[0]["train_bad_images"] == 0
 
 
 def test_a_killed_worker_is_restarted_by_torchrun_and_nan_on_one_rank_is_everyones(pictures, tmp_path):
