@@ -73,7 +73,8 @@ def collect(workers, epoch, start_step=0):
     result = []
     for _ in range(2):  # the second pass uses the same workers
         result = [
-            (step, [(last, batch.tolist()) for last, batch in micro]) for step, micro in loader.steps(epoch, start_step)
+            (step, [(micro.last, micro.batch.tolist()) for micro in micro_batches])
+            for step, micro_batches in loader.steps(epoch, start_step)
         ]
     return result
 

@@ -212,9 +212,11 @@ def test_the_probe_changes_nothing_but_its_head(pictures, tmp_path):
     assert end["head.1.weight"].abs().max() > 0
 
 
-def test_a_stray_nan_stops_the_run_with_advice(pictures, tmp_path):
-    with pytest.raises(FloatingPointError, match="lower --blr"):
-        pretrain(pictures, tmp_path, "--lr", 1e30, "--epochs", 3)
+def test_a_learning_rate_that_is_too_high_ends_the_run_with_advice(pictures, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        pretrain(pictures, tmp_path, "--lr", 1e30, "--epochs", 3, "--max_skipped_steps", 2, "--print_freq", 1)
+    assert stop.value.code == 1
+    assert "lower --blr" in capsys.readouterr().err
 
 
 def test_a_strategy_of_ones_own_from_the_current_folder(pictures, tmp_path):

@@ -263,3 +263,9 @@ def test_a_process_that_stands_still_is_named(pictures, tmp_path):
     assert "could not reach all other processes within --dist_timeout" in result.stderr
     assert "Ranks 1 failed" in result.stderr
     assert time.monotonic() - start < 150
+
+
+def test_workers_end_with_their_process(pictures, tmp_path):
+    """They ignore SIGTERM while it trains, which Python sends them, and waits, when it ends."""
+    result = torchrun(pictures, tmp_path, [], "--num_workers", 2, "--epochs", 1, processes=1)
+    assert result.returncode == 0, result.stderr

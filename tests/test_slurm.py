@@ -161,7 +161,10 @@ def pretrain_here(folder: Path, *flags: str) -> dict[str, torch.Tensor]:
 def check_close(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     """Equal but for the order of sums over processes."""
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-4, msg=name)
+        parts = 3 if name.endswith("qkv.bias") else 1
+        one, other = (state[name].flatten().unflatten(0, (parts, -1)) for state in (found, expected))
+        for part in (0, -1):  # the keys' bias changes nothing: its gradient is rounding, which Adam enlarges
+            torch.testing.assert_close(one[part], other[part], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_job_of_two_processes(jobs, tmp_path):

@@ -133,7 +133,7 @@ class StepLoader:
             batch_sampler=_Keys(self),
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=control.ignore_signals,
+            worker_init_fn=control.worker_signals(),
             persistent_workers=num_workers > 0,
         )
 
@@ -210,6 +210,6 @@ def evaluation_loader(
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        worker_init_fn=control.ignore_signals,
+        worker_init_fn=control.worker_signals(),
         persistent_workers=num_workers > 0,
     )

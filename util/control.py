@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
+import functools
 import os
 import signal
 import sys
@@ -87,10 +89,27 @@ class Signals:
             raise Interrupted
 
 
-def ignore_signals(worker: int = 0) -> None:
-    """For a loader's worker: a signal to the whole job is for the training processes, which end their workers."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+class WorkerSignals:
+    """For a loader's workers: a signal to the whole job is for the training processes, which end their workers.
+
+    SIGTERM is also how Python ends what is left of them at its own end: from then on they obey it.
+    """
+
+    def __init__(self):
+        self._ending = torch.zeros((), dtype=torch.bool).share_memory_()
+        atexit.register(self._ending.fill_, True)
+
+    def __call__(self, worker: int) -> None:
+        """`worker_init_fn` of a `DataLoader`."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if self._ending else None)
+
+
+@functools.cache
+def worker_signals() -> WorkerSignals:
+    """The one of this process."""
+    return WorkerSignals()
 
 
 class Agreement:
