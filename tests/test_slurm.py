@@ -21,8 +21,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_pretrain
 import submitit_launch
 
-pytestmark = pytest.mark.xdist_group("slurm")
-
 EPOCHS, STEPS = 2, 6
 TASK = ["--config", str(ROOT / "configs/pretrain/digits.yaml"), "--epochs", str(EPOCHS), "--warmup_epochs", "0"]
 TASK += ["--effective_batch_size", "240", "--batch_size", "120", "--num_workers", "0", "--print_freq", "1"]
