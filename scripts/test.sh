@@ -5,4 +5,4 @@
 export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
-python -m pytest --dist loadfile -n "$(python -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')" "$@"
+python -m pytest --dist loadfile --no-loadscope-reorder -n "$(python -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')" "$@"
