@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,8 @@ from benchmarks.pictures import write_jpegs
 from util import crop, decode
 from util.datasets import ImageSet
 from util.prepare import resized
-from util.sources import Files
+from util.sources import Files, Source
+from util.tar_shards import TarShards
 
 SIZE, SCALE = (224, 224), (0.2, 1.0)
 Crop = Callable[[bytes], np.ndarray]  # an encoded picture -> its crop (h, w, 3), flipped or not
@@ -60,7 +62,9 @@ def measure(folder: Path, pictures: int, rounds: int, compared: int) -> list[dic
         files[name] = [place / path.name for path in files["original"]]
         for source, target in zip(files["original"], files[name], strict=True):
             target.write_bytes(resized(source.read_bytes(), quality=90, **side))
-    sets = {name: ImageSet(Files(map(str, paths)), [0] * pictures, (), 3) for name, paths in files.items()}
+    sources: dict[str, Source] = {name: Files(map(str, paths)) for name, paths in files.items()}
+    sources["short side 256, pixels"] = pixel_shard(files["original"], folder / "pixels.tar", short_side=256)
+    sets = {name: ImageSet(source, [0] * pictures, (), 3) for name, source in sources.items()}
     contenders = {"MAE's: PIL, ToTensor, Normalize": _over(files["original"], _Baseline())}
     crops: dict[str, Crop] = {}
     for name, exact, kind in _ours(sets):
@@ -85,10 +89,25 @@ def measure(folder: Path, pictures: int, rounds: int, compared: int) -> list[dic
     ]
 
 
+def pixel_shard(files: list[Path], path: Path, **sizes: int) -> TarShards:
+    """A tar shard of the pictures' pixels, as `scripts/prepare_data.py --shards --pixels` makes it."""
+    with tarfile.open(path, "w") as tar:
+        for number, picture in enumerate(files):
+            buffer = io.BytesIO()
+            np.save(buffer, resized(picture.read_bytes(), pixels=True, **sizes))
+            member = tarfile.TarInfo(f"{number:08}.npy")
+            member.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(member, buffer)
+    return TarShards([path])
+
+
 def _ours(sets: dict[str, ImageSet]) -> list[tuple[str, bool, str]]:
-    prepared = [name for name in sets if name != "original"]
-    fast = [("ours fast (default)", False, "original"), *((f"ours fast, {name}", False, name) for name in prepared)]
-    return [("ours exact", True, "original"), *((f"ours exact, {name}", True, name) for name in prepared), *fast]
+    rows = []
+    for title, exact in (("ours exact", True), ("ours fast (default)", False)):
+        short = title.split(" (")[0]
+        rows += [(title if name == "original" else f"{short}, {name}", exact, name) for name in sets]
+    return rows
 
 
 def difference(function: Crop, files: list[Path], compared: int) -> tuple[int, float]:

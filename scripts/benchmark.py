@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Measure: `scripts/benchmark.py {train,growth,data} [flags]`; `--help` after the word lists its flags.
+"""Measure: `scripts/benchmark.py {train,growth,save,data} [flags]`; `--help` after the word lists its flags.
 
     train   the training step of every strategy, against fixed counts, padding, Hugging Face and a plain MAE
     growth  a step's time over batch, image size and mask ratio
+    save    what a checkpoint costs the training that goes on
     data    decoding and augmentation, images per second and core
 
 Contenders take turns in one process: compare numbers of one run only.
@@ -22,12 +23,13 @@ def main(argv: list[str]) -> int:
     if word in ("-h", "--help"):
         print(__doc__)
         return 0
-    if word not in ("train", "growth", "data"):
-        print(f"benchmark.py: error: {word or 'nothing'}: say train, growth or data", file=sys.stderr)
+    if word not in ("train", "growth", "save", "data"):
+        print(f"benchmark.py: error: {word or 'nothing'}: say train, growth, save or data", file=sys.stderr)
         return 2
-    from benchmarks import data, training
+    from benchmarks import data, saving, training
 
-    {"train": training.main, "growth": training.growth, "data": data.main}[word](argv[1:])
+    commands = {"train": training.main, "growth": training.growth, "save": saving.main, "data": data.main}
+    commands[word](argv[1:])
     return 0
 
 

@@ -2,7 +2,7 @@
 """Make the pictures of a data set smaller, once, into a folder or tar shards; or print the channels' statistics.
 
     python scripts/prepare_data.py /data/imagenet /data/imagenet_400 --long_side 400
-    python scripts/prepare_data.py /data/imagenet /data/shards --short_side 256 --shards
+    python scripts/prepare_data.py /data/imagenet /data/shards --short_side 256 --shards [--pixels]
     python scripts/prepare_data.py ~/pictures --stats
 
 Every picture is decoded, before and after. Run again after an interruption, it goes on where it was.
@@ -26,11 +26,13 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from util import cli, datasets, prepare, seeding, tar_shards
 from util.datasets import ImageSet
+from util.decode import Content
 from util.sources import Files
 
 SETTINGS = "prepare_data.json"  # in the destination: what it was made with
@@ -81,6 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     side.add_argument("--long_side", type=int, help="pixels of the longest side")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
     parser.add_argument("--shards", action="store_true", help="write tar shards with an index instead of files")
+    parser.add_argument("--pixels", action="store_true", help="no JPEGs in the shards: pixels, large but quick to read")
     parser.add_argument("--per_shard", type=int, default=5000, help="pictures in a shard")
     parser.add_argument("--in_chans", type=int, default=3, help="1 grey, 3 RGB, 4 RGBA (written as PNG)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
@@ -92,6 +95,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("the destination is missing")
     if arguments.loader and not arguments.stats:
         parser.error(f"--loader {arguments.loader}: its arrays have no picture format; it is only for --stats")
+    if arguments.pixels and not arguments.shards:
+        parser.error("--pixels: is for tar shards; add --shards")
     for name in ("short_side", "long_side", "per_shard", "workers", "stats_images", "quality", "in_chans"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
@@ -123,7 +128,7 @@ def check_destination(arguments: argparse.Namespace) -> None:
     destination = Path(arguments.destination)
     if destination.resolve() == Path(arguments.source).resolve():
         raise ValueError(f"{destination}: is the source; name another folder to write")
-    names = ("source", "dataset", "short_side", "long_side", "quality", "shards", "per_shard", "in_chans")
+    names = ("source", "dataset", "short_side", "long_side", "quality", "shards", "pixels", "per_shard", "in_chans")
     settings = {name: getattr(arguments, name) for name in names}
     destination.mkdir(parents=True, exist_ok=True)
     path = destination / SETTINGS
@@ -132,9 +137,9 @@ def check_destination(arguments: argparse.Namespace) -> None:
     path.write_text(json.dumps(settings))
 
 
-def shrink(images: ImageSet, index: int, arguments: argparse.Namespace) -> bytes:
+def shrink(images: ImageSet, index: int, arguments: argparse.Namespace) -> Content:
     """Picture `index`, smaller. OSError names it if it cannot be decoded."""
-    options = {name: getattr(arguments, name) for name in ("short_side", "long_side", "quality")}
+    options = {name: getattr(arguments, name) for name in ("short_side", "long_side", "quality", "pixels")}
     return images.decoded(index, lambda content: prepare.resized(content, channels=images.channels, **options))
 
 
@@ -205,7 +210,7 @@ def write_shard(split: Split, arguments: argparse.Namespace, path: Path, group: 
     with tarfile.open(temporary, "w") as tar:
         for index in group:
             try:
-                members = {"png" if split.images.channels == 4 else "jpg": shrink(split.images, index, arguments)}
+                members = as_member(shrink(split.images, index, arguments), split.images.channels)
             except OSError as error:
                 bad.append(" ".join(str(error).split()))
                 continue
@@ -220,6 +225,15 @@ def write_shard(split: Split, arguments: argparse.Namespace, path: Path, group: 
         write_whole(left_out, "\n".join(bad).encode())
     tar_shards.scan(path).save(path)  # last: it says that the shard is whole
     return bad
+
+
+def as_member(picture: Content, channels: int) -> dict[str, bytes]:
+    """Ending and content of the file that holds a picture."""
+    if isinstance(picture, bytes):
+        return {"png" if channels == 4 else "jpg": picture}
+    buffer = io.BytesIO()
+    np.save(buffer, picture)
+    return {"npy": buffer.getvalue()}
 
 
 def describe_shards(destination: Path, splits: list[Split]) -> None:

@@ -1,7 +1,8 @@
 """main_pretrain.py with faults: `FAULTS='[{"kind": "SIGKILL", "forward": 5, "rank": 1}]' faults.py FLAGS`.
 
 A fault strikes in the given forward passes (counted from 0 in this process) of the given rank, every rank if none is
-given; with `once`, only while FILE does not exist. Kinds: a signal's name, sent to the process itself; `crash`; `nan`.
+given; with `once`, only while FILE does not exist. Kinds: a signal's name, sent to the process itself; `crash`; `nan`;
+`fill`, which fills the disk of PATH with a file of this name, `free`, which removes it; `remount`, PATH read-only.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import models_mae
@@ -32,6 +34,12 @@ def injected(faults: list[dict]) -> Iterator[None]:
                     factor = float("nan")
                 elif fault["kind"] == "crash":
                     raise RuntimeError("struck")
+                elif fault["kind"] == "fill":
+                    fill(Path(fault["path"]))
+                elif fault["kind"] == "remount":
+                    subprocess.run(["mount", "-o", "remount,ro", fault["path"]], check=True)
+                elif fault["kind"] == "free":
+                    Path(fault["path"]).unlink()
                 else:
                     os.kill(os.getpid(), getattr(signal, fault["kind"]))
         loss, pred, mask = original(self, images, noise)
@@ -42,6 +50,13 @@ def injected(faults: list[dict]) -> Iterator[None]:
         yield
     finally:
         models_mae.MaskedAutoencoderViT.forward = original
+
+
+def fill(path: Path) -> None:
+    """Leave no room on the disk of `path`."""
+    with open(path, "wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(2**16)):
+            pass
 
 
 def _as_list(value) -> list[int]:

@@ -7,12 +7,13 @@ import os
 import pickle
 import random
 import resource
+import time
 
 import pytest
 import torch
 from helpers import tiny_mae
 
-from util import checkpoint
+from util import checkpoint, record
 from util.saver import Saver
 
 
@@ -178,6 +179,22 @@ def test_a_full_disk_is_survived_and_the_next_try_succeeds(tmp_path, capsys):
     saver.save({"model": tiny_mae().state_dict(), "step": 4})
     assert saver.finish() == ""
     assert checkpoint.find_own(tmp_path)[1]["step"] == 4
+
+
+def test_a_failed_write_is_noticed_before_the_next_one_is_due_and_tried_again(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(record, "RETRY_S", 0.0)
+    folder = tmp_path / "run"
+    saver = Saver(folder, 10, None)  # a folder that is not there
+    saver.save({"model": {"weight": torch.zeros(2)}})
+    end = time.monotonic() + 60
+    while not saver.due():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert "no checkpoint could be written" in capsys.readouterr().err
+    folder.mkdir()
+    saver.save({"model": {"weight": torch.ones(2)}})
+    assert saver.finish() == ""
+    assert checkpoint.find_own(folder)[1]["model"]["weight"].all()
 
 
 def test_a_folder_that_is_gone_fails_the_final_save_with_a_sentence(tmp_path):

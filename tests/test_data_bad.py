@@ -122,6 +122,14 @@ def test_the_picture_is_the_right_one():
     assert np.abs(cmyk - PIXELS).mean() < 12
 
 
+@pytest.mark.parametrize("shape", [(1, 5, 3), (5, 1, 3), (1, 1, 3), (1, 5, 1), (1, 5), (5, 1), (4, 3, 3)])
+def test_arrays_are_not_mistaken_for_grey_ones_where_a_side_is_1(shape):
+    array = RNG.integers(0, 256, shape, dtype=np.uint8)
+    expected = np.broadcast_to(array.reshape(*shape[:2], -1), (*shape[:2], 3))
+    np.testing.assert_array_equal(decode.to_pixels(array, 3).numpy(), expected)
+    np.testing.assert_array_equal(np.asarray(decode.to_picture(array, "RGB")), expected)
+
+
 @pytest.fixture
 def mixed(tmp_path):
     for number, (name, data) in enumerate((GOOD | BAD).items()):

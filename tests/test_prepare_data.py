@@ -86,6 +86,27 @@ def test_shards_train_as_the_folder_does(pictures, tmp_path):
     assert sorted(back.labels) == sorted(shards.labels)
 
 
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_shards_of_pixels_hold_what_jpegs_would_before_they_are_encoded(pictures, tmp_path, channels, capsys):
+    target = tmp_path / "shards"
+    flags = ["--shards", "--pixels", "--short_side", "30", "--in_chans", str(channels), "--workers", "1"]
+    prepare_data.main([str(pictures), str(target), *flags])
+    assert "PSNR" in capsys.readouterr().out
+    folder = datasets.open_labelled("folder", str(pictures), "train", channels)
+    shards = datasets.open_labelled("wds", str(target), "train", channels)
+    assert len(shards) == 160
+    for index in range(5):
+        original = folder.picture(int(shards.source.name(index).split(":")[1].split(".")[0]))
+        smaller = original.resize([round(length * 30 / min(original.size)) for length in original.size], Image.LANCZOS)
+        expected = np.asarray(smaller).reshape(smaller.height, smaller.width, channels)
+        np.testing.assert_array_equal(shards.pixels(index).numpy(), expected)
+        np.testing.assert_array_equal(np.asarray(shards.picture(index)).reshape(expected.shape), expected)
+    with pytest.raises(SystemExit) as error:
+        prepare_data.main([str(pictures), str(tmp_path / "other"), "--pixels"])
+    assert error.value.code == 2
+    assert "--pixels: is for tar shards; add --shards" in capsys.readouterr().err
+
+
 def test_statistics(tmp_path, capsys):
     rng = np.random.default_rng(0)
     (tmp_path / "grey").mkdir()

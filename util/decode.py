@@ -32,7 +32,7 @@ def to_picture(content: Content, mode: str) -> Image.Image:
 def with_pillow(content: Content, mode: str) -> Image.Image:
     """The same by Pillow alone, which is slower for JPEGs, and the judge of what can be decoded."""
     if isinstance(content, np.ndarray):
-        return _eight_bits(Image.fromarray(content.squeeze())).convert(mode)
+        return _eight_bits(Image.fromarray(_grey_as_2d(content))).convert(mode)
     with Image.open(io.BytesIO(content)) as image:
         image.load()
         shown = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else _eight_bits(image)
@@ -45,7 +45,7 @@ def to_pixels(content: Content, channels: int) -> torch.Tensor:
 
     Arrays keep their channels, which must be as many as `channels`. `uint16` becomes 0..1, floats stay what they are.
     """
-    if isinstance(content, np.ndarray) and not (content.dtype == np.uint8 and content.squeeze().ndim == 2):
+    if isinstance(content, np.ndarray) and not (content.dtype == np.uint8 and _grey_as_2d(content).ndim == 2):
         return _from_array(content, channels)
     pixels = _plain_jpeg(content) if channels == 3 else None
     if pixels is None:
@@ -77,6 +77,11 @@ def fast_jpeg():
     except (ImportError, OSError, RuntimeError):
         return None
     return decode_jpeg
+
+
+def _grey_as_2d(array: np.ndarray) -> np.ndarray:
+    """(H, W, 1) -> (H, W), as Pillow has it; others as they are."""
+    return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
 
 
 def _from_array(array: np.ndarray, channels: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from util import dist
+from util.record import Events, Lines
 
 
 class Averages:
@@ -111,24 +113,18 @@ class RunLog:
     def __init__(self, output_dir: Path | None, log_dir: Path | None = None, start_epoch: int = 0, start_step: int = 0):
         self._bar: tqdm | None = None
         self._said: set[str] = set()
-        self._writer = None
+        self._lines = self._events = None
         if output_dir is None or not dist.is_main():
             return
-        self._path = output_dir / "log.txt"
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(log_dir), purge_step=start_step + 1 if start_step else None)
-        if self._path.is_file():
-            kept = [line for line in self._path.read_text().splitlines() if _epoch(line) < start_epoch]
-            temporary = self._path.with_name("log.txt.tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(self._path)
+        self._lines = Lines(output_dir / "log.txt", lambda line: _epoch(line) < start_epoch)
+        self._events = Events(log_dir, start_step)
 
     def say(self, text: str) -> None:
         """A line on the terminal."""
         if dist.is_main():
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # a full disk, where it goes to a file
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
 
     def say_once(self, text: str) -> None:
         """A line on the terminal, unless one that begins like it was there before."""
@@ -155,31 +151,31 @@ class RunLog:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Values for TensorBoard."""
-        if self._writer is not None:
+        if self._events is not None:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+                self._events.add("scalar", name, value, step)
 
     def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
         """A histogram of `values` for TensorBoard."""
-        if self._writer is not None:
-            self._writer.add_histogram(name, values, step)
+        if self._events is not None:
+            self._events.add("histogram", name, values, step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
         """A picture for TensorBoard."""
-        if self._writer is not None:
-            self._writer.add_figure(name, figure, step)
+        if self._events is not None:
+            self._events.add("figure", name, figure, step)
 
     def epoch(self, values: dict[str, Any]) -> None:
         """One line of `log.txt`."""
-        if self._writer is not None:
-            with open(self._path, "a") as file:
-                file.write(json.dumps(values) + "\n")
-            self._writer.flush()
+        if self._lines is not None:
+            self._lines.add(json.dumps(values))
+            self._events.flush()
 
     def close(self) -> None:
         """Flush and close."""
-        if self._writer is not None:
-            self._writer.close()
+        if self._lines is not None:
+            self._lines.write()
+            self._events.close()
 
 
 class DataWait:

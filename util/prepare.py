@@ -21,11 +21,12 @@ def resized(
     long_side: int | None = None,
     quality: int = 90,
     channels: int = 3,
-) -> bytes:
-    """An encoded picture whose short or longest side is as asked, JPEG or, with an alpha channel, PNG.
+    pixels: bool = False,
+) -> Content:
+    """A picture whose short or longest side is as asked: JPEG or, with an alpha channel, PNG; or its pixels (H, W, C).
 
-    A JPEG that is not larger, and needs no turning or conversion, stays as it is, byte for byte. The result is decoded
-    again before it is given back.
+    A JPEG that is not larger, and needs no turning or conversion, stays as it is, byte for byte. What is encoded is
+    decoded again before it is given back.
 
     Raises:
         Exception: of any type, if the picture cannot be decoded.
@@ -34,11 +35,13 @@ def resized(
     picture = decode.to_picture(content, mode)
     side = short_side or long_side
     scale = 1.0 if side is None else side / (min(picture.size) if short_side else max(picture.size))
-    if scale >= 1 and _is_done(content, mode):
+    if scale >= 1 and not pixels and _is_done(content, mode):
         return content
     if scale < 1:
         size = tuple(max(1, round(scale * length)) for length in picture.size)
         picture = picture.resize(size, Image.Resampling.LANCZOS)
+    if pixels:
+        return np.asarray(picture).reshape(picture.height, picture.width, channels)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG") if mode == "RGBA" else picture.save(buffer, "JPEG", quality=quality)
     assert decode.to_picture(buffer.getvalue(), mode).size == picture.size
@@ -52,7 +55,7 @@ def _is_done(content: Content, mode: str) -> bool:
         return image.format == "JPEG" and image.mode == mode and image.getexif().get(0x0112, 1) == 1
 
 
-def crop_psnr(original: Content, smaller: bytes, number: int, size: int = 224) -> float:
+def crop_psnr(original: Content, smaller: Content, number: int, size: int = 224) -> float:
     """PSNR in dB of a random crop of `smaller` against the same crop of the original, both `size` x `size` pixels.
 
     The crop is that of pre-training (0.2 to 1 of the area), a function of `number`.

@@ -35,8 +35,8 @@ def check_output_dir(settings: Settings) -> None:
             continue
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(2**20))  # a full disk lets files begin
         except OSError as error:
             raise ValueError(f"--{flag} {folder}: cannot be written ({error.strerror})") from error
     cores = os.cpu_count() or 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Any
 
 import torch
 
-from util import checkpoint
-
-_RETRY_S = 60.0
+from util import checkpoint, record
 
 
 class Saver:
@@ -38,7 +35,9 @@ class Saver:
         self._next = time.monotonic() + self._every_s
 
     def due(self) -> bool:
-        """Whether it is time for another."""
+        """Whether it is time for another; a minute after one that could not be written, it is."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
         return time.monotonic() >= self._next
 
     def save(self, content: dict, keep_as: int | None = None) -> None:
@@ -65,12 +64,8 @@ class Saver:
             self._failure = None
         except OSError as error:
             self._failure = error
-            self._next = min(self._next, time.monotonic() + _RETRY_S)
-            print(
-                f"warning: no checkpoint could be written ({error}); training goes on, and tries again in a minute",
-                file=sys.stderr,
-                flush=True,
-            )
+            self._next = min(self._next, time.monotonic() + record.RETRY_S)
+            record.warn(f"no checkpoint could be written ({error}); training goes on, and tries again in a minute")
 
     def finish(self) -> str:
         """Wait, and write no more. What is to be said if the last one could not be written, else nothing."""
