@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU alone can show, in about ten minutes: scripts/gpu_check.sh [FOLDER for the results, default output_gpu]
+# What a GPU alone can show, in about eleven minutes: scripts/gpu_check.sh [FOLDER for the results, default output_gpu]
 # The tests marked gpu, the benchmarks, and 200 steps of ViT-B with sbam_amr on real digits, compiled, whose loss must
 # fall and whose graphs must not be compiled again after the first epoch. Uses the Python that is active.
 set -uo pipefail
@@ -17,6 +17,7 @@ run() { # NAME SECONDS COMMAND...: output into a file, the status remembered
 run tests 150 python -m pytest -m gpu -p no:cacheprovider tests/test_gpu.py
 run train 240 python scripts/benchmark.py train --json "$out/train.json"
 run growth 60 python scripts/benchmark.py growth --models base --batch_size 64 --rounds 3 --json "$out/growth.json"
+run save 60 python scripts/benchmark.py save --rounds 3 --json "$out/save.json"
 rm -rf "$out/digits"
 TORCH_LOGS=recompiles run digits 150 python main_pretrain.py --dataset digits --in_chans 1 --input_size 224 \
   --model mae_vit_base_patch16 --norm_pix_loss --masking sbam_amr --batch_size 256 --epochs 34 --warmup_epochs 4 \

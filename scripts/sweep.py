@@ -12,9 +12,10 @@ import argparse
 import concurrent.futures
 import contextlib
 import importlib
-import multiprocessing
+import os
 import runpy
 import shlex
+import signal
 import subprocess
 import sys
 import traceback
@@ -22,34 +23,79 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util import cli, sweep, tables
+from util import cli, control, sweep, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-class Job:
-    """What a process does: the steps of one run that are left, in order; a failure ends the run, not the sweep."""
+def do_run(run: sweep.SweepRun, ngpus: int) -> int:
+    """The steps of one run that are left, in order. The exit status of the first that fails, which is told; else 0."""
+    for step in run.left():
+        step.folder.mkdir(parents=True, exist_ok=True)
+        log = step.folder / "output.txt"
+        with open(log, "a") as file:
+            status = _launch(step, file, ngpus) if ngpus > 1 else _call(step, file)
+        if status or not step.is_done():
+            print(f"{step.task} was stopped" if status == control.PREEMPTED else f"{step.task} failed, see {log}")
+            return status or 1
+    return 0
 
-    def __init__(self, run: sweep.SweepRun, ngpus: int = 1):
-        self.run, self.ngpus = run, ngpus
 
-    def __call__(self) -> str | None:
-        """None, or the step that failed and where its output is."""
-        for step in self.run.left():
-            step.folder.mkdir(parents=True, exist_ok=True)
-            log = step.folder / "output.txt"
-            with open(log, "a") as file:
-                failed = self._launch(step, file) if self.ngpus > 1 else _call(step, file)
-            if failed or not step.is_done():
-                return f"{step.task} failed, see {log}"
-        return None
+def _launch(step: sweep.Step, file, ngpus: int) -> int:
+    launcher = [sys.executable]
+    if step.task != "evaluate":
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpus}"]
+    command = [*launcher, str(ROOT / step.script), *step.argv]
+    return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
 
-    def _launch(self, step: sweep.Step, file) -> bool:
-        launcher = [sys.executable]
-        if step.task != "evaluate":
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.ngpus}"]
-        command = [*launcher, str(ROOT / step.script), *step.argv]
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode != 0
+
+def _call(step: sweep.Step, file) -> int:
+    """Run a step in this process, which has paid for the imports already."""
+    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        try:
+            if step.task == "evaluate":
+                runpy.run_path(str(ROOT / step.script), run_name="evaluate")["main"](list(step.argv))
+            else:
+                sys.path.insert(0, str(ROOT))
+                importlib.import_module(f"main_{step.task}").main(list(step.argv))
+        except SystemExit as stop:
+            return stop.code if isinstance(stop.code, int) else 1
+        except Exception:
+            traceback.print_exc()
+            return 1
+    return 0
+
+
+class Processes:
+    """Runs in processes of their own. A signal to this one stops them all, and their trainings write checkpoints."""
+
+    def __init__(self):
+        self.stopped = False
+        self._groups: set[int] = set()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def __call__(self, command: list[str]) -> tuple[int, str]:
+        """Exit status, and what was printed."""
+        if self.stopped:
+            return control.PREEMPTED, "not begun"
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        self._groups.add(process.pid)
+        if self.stopped:  # while it was started
+            _end(process.pid)
+        said, _ = process.communicate()
+        self._groups.discard(process.pid)
+        return process.returncode, said.strip()
+
+    def _stop(self, number: int, frame) -> None:
+        self.stopped = True
+        for group in list(self._groups):
+            _end(group)
+
+
+def _end(group: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGTERM)
 
 
 class ClusterJob:
@@ -69,21 +115,6 @@ class ClusterJob:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def _call(step: sweep.Step, file) -> bool:
-    """Run a step in this process, which has paid for the imports already."""
-    with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        try:
-            if step.task == "evaluate":
-                runpy.run_path(str(ROOT / step.script), run_name="evaluate")["main"](list(step.argv))
-            else:
-                sys.path.insert(0, str(ROOT))
-                importlib.import_module(f"main_{step.task}").main(list(step.argv))
-        except (Exception, SystemExit):
-            traceback.print_exc()
-            return True
-    return False
-
-
 def main(argv: list[str] | None = None) -> None:
     """Expand, run what is left, gather; exit status 1 if a run failed."""
     given = make_parser().parse_args(argv)
@@ -100,8 +131,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(shlex.join(["python", step.script, *step.argv]))
         return
     if given.only:
-        runs = [run for run in runs if run.folder.name == given.only and run.left()]
-        sys.exit(1 if run_locally(runs, given) else 0)
+        sys.exit(do_run(next(run for run in runs if run.folder.name == given.only), given.ngpus))
     failures = 0
     if not given.gather:
         left = [run for run in runs if run.left()]
@@ -111,16 +141,25 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(1 if failures else 0)
 
 
+def only(given: argparse.Namespace, run: sweep.SweepRun) -> list[str]:
+    """The command that does one run."""
+    command = [sys.executable, str(ROOT / "scripts/sweep.py"), given.sweep, "--ngpus", str(given.ngpus)]
+    command += ["--output", given.output] if given.output else []
+    return [*command, "--only", run.folder.name]
+
+
 def run_locally(runs: list[sweep.SweepRun], given: argparse.Namespace) -> int:
-    """`--parallel` processes, each of which does one run after the other. Returns how many runs failed."""
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    failures = 0
-    with concurrent.futures.ProcessPoolExecutor(given.parallel, mp_context=context) as pool:
-        jobs = {pool.submit(Job(run, given.ngpus)): run for run in runs}
+    """`--parallel` runs at a time, each in a process. Returns how many failed; exit status 75 if it was stopped."""
+    failures, processes = 0, Processes()
+    with concurrent.futures.ThreadPoolExecutor(given.parallel) as pool:
+        jobs = {pool.submit(processes, only(given, run)): run for run in runs}
         for number, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-            failed = job.result()
-            failures += failed is not None
-            print(f"[{number}/{len(jobs)}] {jobs[job].folder.name}: {failed or 'done'}", flush=True)
+            status, said = job.result()
+            failures += status != 0
+            print(f"[{number}/{len(jobs)}] {jobs[job].folder.name}: {said or 'done'}", flush=True)
+    if processes.stopped:
+        print("stopped; the same command continues")
+        sys.exit(control.PREEMPTED)
     return failures
 
 
@@ -139,10 +178,8 @@ def submit(runs: list[sweep.SweepRun], given: argparse.Namespace) -> int:
         names = ("partition", "account", "qos", "constraint")
         parameters |= {f"slurm_{name}": getattr(given, name) for name in names if getattr(given, name)}
     executor.update_parameters(**parameters)
-    command = [sys.executable, str(ROOT / "scripts/sweep.py"), given.sweep, "--ngpus", str(given.ngpus)]
-    command += ["--output", given.output] if given.output else []
     with executor.batch():
-        jobs = [executor.submit(ClusterJob([*command, "--only", run.folder.name])) for run in runs]
+        jobs = [executor.submit(ClusterJob(only(given, run))) for run in runs]
     print(f"submitted {len(jobs)} jobs; logs in {folder}; the same command with --gather makes the table")
     if given.cluster == "slurm":
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import shutil
 
 import pytest
@@ -234,6 +235,14 @@ def test_a_strategy_of_ones_own_from_the_current_folder(pictures, tmp_path):
     assert "progress" not in result.stdout
     assert result.stdout.count("\n") < 20  # plain lines where there is no terminal
     assert json.loads((tmp_path / "o" / "log.txt").read_text())
+
+
+def test_a_run_takes_its_loader_workers_with_it(pictures, tmp_path):
+    """Several in one process, as in a notebook, would gather hundreds."""
+    pretrain(pictures, tmp_path / "encoder", "--num_workers", 2, "--epochs", 2, "--eval_every", 1)
+    assert not multiprocessing.active_children()
+    supervised(main_linprobe, pictures, tmp_path / "probe", "--num_workers", 2, "--epochs", 2)
+    assert not multiprocessing.active_children()
 
 
 def test_more_workers_than_cores_only_warn(pictures, tmp_path):

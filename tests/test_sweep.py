@@ -6,13 +6,14 @@ import runpy
 import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 import yaml
 from helpers import ROOT, environment
 
-from util import cli, config, sweep, tables
+from util import checkpoint, cli, config, control, sweep, tables
 
 FILE = {
     "output": "out",
@@ -130,6 +131,32 @@ def test_a_sweep_runs_gathers_and_skips_what_is_done(tmp_path, capsys):
     assert stop.value.code == 0
     assert "1 runs, 1 done" in capsys.readouterr().out
     assert (output / "lr=0.001" / "pretrain" / "checkpoint-last.pth").stat().st_mtime_ns == stamp
+
+
+def test_a_sweep_that_is_stopped_leaves_no_process_and_continues(tmp_path):
+    changes = {"pretrain": {**FILE["pretrain"], "epochs": 3, "num_workers": 1}, "skip": [], "adjust": []}
+    path, output = write(tmp_path, grid={"seed": [0, 1, 2]}, **changes), tmp_path / "o"
+    command = [sys.executable, ROOT / "scripts/sweep.py", path, "--output", output, "--parallel", 2]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment())
+    first = output / "seed=0" / "pretrain" / "log.txt"
+    end = time.monotonic() + 240
+    while not (first.exists() and first.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.terminate()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == control.PREEMPTED
+    assert "pretrain was stopped" in said
+    assert said.endswith("stopped; the same command continues\n")
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(output) not in listed
+    steps = checkpoint.load(output / "seed=0" / "pretrain" / "checkpoint-last.pth")["step"]
+    result = run(path, "--output", output, "--parallel", 2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(tables.read_csv(output / "results.csv")) == 3
+    said = (output / "seed=0" / "pretrain" / "output.txt").read_text()
+    assert steps > 0
+    assert "continuing after epoch" in said
 
 
 def test_through_submitit_without_slurm(tmp_path):

@@ -125,12 +125,12 @@ class StepLoader:
     """
 
     def __init__(self, dataset: Dataset, plan: StepPlan, *, seed: int, num_workers: int = 0, pin_memory: bool = False):
-        self.dataset, self.plan, self.seed, self.num_workers = dataset, plan, seed, num_workers
-        self._epoch, self._start = 0, 0
+        self.dataset, self.plan, self.num_workers = dataset, plan, num_workers
+        self._keys = _Keys(plan, seed)
         self._awaited: tuple[int, list[int]] = (0, [])
         self._loader = DataLoader(
             dataset,
-            batch_sampler=_Keys(self),
+            batch_sampler=self._keys,
             num_workers=num_workers,
             pin_memory=pin_memory,
             worker_init_fn=control.worker_signals(),
@@ -143,18 +143,18 @@ class StepLoader:
 
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
         """Iterate over (step, its micro-batches), from `start_step` of `epoch`."""
-        self._epoch, self._start, number = epoch, start_step, itertools.count()
+        self._keys.epoch, self._keys.start_step, number = epoch, start_step, itertools.count()
         batches = iter(self._loader)
-        for step, grouped in enumerate(self.grouped_keys(), start_step):
-            yield step, self._micro_batches(step, grouped, batches, number)
+        for step, grouped in enumerate(self._keys.grouped(), start_step):
+            yield step, self._micro_batches(epoch, step, grouped, batches, number)
 
     def _micro_batches(
-        self, step: int, grouped: list[list[int]], batches: Iterator[list], number: Iterator[int]
+        self, epoch: int, step: int, grouped: list[list[int]], batches: Iterator[list], number: Iterator[int]
     ) -> Iterator[MicroBatch]:
         size, all_places = self.plan.step_size(step), self.plan.places(step)
         for places, indices in zip(all_places, grouped, strict=True):
             self._awaited = next(number), indices
-            last, global_step = places is all_places[-1], self._epoch * len(self) + step
+            last, global_step = places is all_places[-1], epoch * len(self) + step
             yield MicroBatch(next(batches), last, global_step, places, size, indices)
 
     def awaited(self, most: int = 4) -> str:
@@ -163,12 +163,6 @@ class StepLoader:
         names = ", ".join(map(self.dataset.name, indices[:most])) + (", ..." if len(indices) > most else "")
         who = f"worker {number % self.num_workers}" if self.num_workers else "this process"
         return f"{who}, which loads {names}"
-
-    def grouped_keys(self) -> Iterator[list[list[int]]]:
-        """Sample indices of each remaining step of the current epoch, by micro-batch."""
-        order = seeding.permutation(self.seed, self._epoch, self.plan.num_samples)
-        for step in range(self._start, self.plan.steps_per_epoch):
-            yield self.plan.micro_batches(order, step)
 
     def advice(self, share: float) -> str:
         """What to change where the device waits for this loader during `share` of the time."""
@@ -180,21 +174,26 @@ class StepLoader:
             "make the pictures smaller once with scripts/prepare_data.py, or put them on a faster disk"
         )
 
-    @property
-    def epoch(self) -> int:
-        """The epoch being loaded."""
-        return self._epoch
-
 
 class _Keys(torch.utils.data.Sampler):
-    """Batches of (epoch, index): a worker learns the epoch with the sample, so workers can outlive it."""
+    """Batches of (epoch, index): a worker learns the epoch with the sample, so workers can outlive it.
 
-    def __init__(self, loader: StepLoader):
-        self._loader = loader
+    It does not know its loader: in a cycle of references PyTorch cannot end the workers.
+    """
+
+    def __init__(self, plan: StepPlan, seed: int):
+        self.plan, self.seed = plan, seed
+        self.epoch, self.start_step = 0, 0
+
+    def grouped(self) -> Iterator[list[list[int]]]:
+        """Sample indices of each step of the epoch from `start_step` on, by micro-batch."""
+        order = seeding.permutation(self.seed, self.epoch, self.plan.num_samples)
+        for step in range(self.start_step, self.plan.steps_per_epoch):
+            yield self.plan.micro_batches(order, step)
 
     def __iter__(self):
-        epoch = self._loader.epoch
-        for micro_batches in self._loader.grouped_keys():
+        epoch = self.epoch
+        for micro_batches in self.grouped():
             for batch in micro_batches:
                 yield [(epoch, index) for index in batch]
 
