@@ -55,8 +55,8 @@ def _is_done(content: Content, mode: str) -> bool:
         return image.format == "JPEG" and image.mode == mode and image.getexif().get(0x0112, 1) == 1
 
 
-def crop_psnr(original: Content, smaller: Content, number: int, size: int = 224) -> float:
-    """PSNR in dB of a random crop of `smaller` against the same crop of the original, both `size` x `size` pixels.
+def crop_pair(original: Content, smaller: Content, number: int, size: int = 224) -> tuple[np.ndarray, np.ndarray]:
+    """A random crop of the original and the same crop of `smaller`, both (size, size, 3), 0..255.
 
     The crop is that of pre-training (0.2 to 1 of the area), a function of `number`.
     """
@@ -68,7 +68,13 @@ def crop_psnr(original: Content, smaller: Content, number: int, size: int = 224)
         x, y = picture.width / pictures[0].width, picture.height / pictures[0].height
         box = (left * x, top * y, (left + width) * x, (top + height) * y)
         crops.append(np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box), dtype=np.float64))
-    error = np.mean((crops[0] - crops[1]) ** 2)
+    return crops[0], crops[1]
+
+
+def crop_psnr(original: Content, smaller: Content, number: int, size: int = 224) -> float:
+    """PSNR in dB of the second of `crop_pair` against the first; infinity if they are equal."""
+    first, second = crop_pair(original, smaller, number, size)
+    error = np.mean((first - second) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
