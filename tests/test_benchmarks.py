@@ -66,4 +66,4 @@ def test_an_unknown_benchmark_is_one_sentence():
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "speed"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert result.returncode == 2
-    assert "say train, growth or data" in result.stderr
+    assert "say train, growth, save or data" in result.stderr
