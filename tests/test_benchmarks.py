@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 
@@ -11,9 +12,10 @@ from helpers import ROOT, environment, tiny_mae, varied_images
 from torch.utils.flop_counter import FlopCounterMode
 
 import masking
-from benchmarks import report, timing
+from benchmarks import report, saving, timing
 from benchmarks.contenders import PaddedMAE, SpreadCounts
 from benchmarks.measure import peak_memory, training_flops
+from util import checkpoint
 
 
 def test_flops_are_those_that_torch_counts():
@@ -54,6 +56,14 @@ def test_peak_memory_counts_what_a_step_allocates():
     kept = [torch.zeros(8 * megabyte // 4)]
     peak = peak_memory(lambda: torch.ones(64 * megabyte // 4).sum(), kept)
     assert 60 * megabyte <= peak - 8 * megabyte < 96 * megabyte  # pages are counted by the kernel
+
+
+def test_the_cost_of_saving_is_that_of_a_whole_checkpoint(tmp_path):
+    arguments = argparse.Namespace(batch_size=1, steps=1, rounds=1)
+    row = saving.measure("small", arguments, torch.device("cpu"), tmp_path)
+    content = checkpoint.load(tmp_path / checkpoint.LAST)
+    parameters = sum(value.numel() for value in content["model"].values())
+    assert float(row["checkpoint, GB"]) == pytest.approx(3 * 4 * parameters / 1e9, abs=0.01)  # with Adam's two moments
 
 
 def test_tables_are_markdown():
