@@ -11,6 +11,7 @@ be the same bit for bit; the exit status is 1 if they are not. About 15 minutes 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -147,19 +148,27 @@ def fork(flags: list[str], output: Path) -> int:
 
 
 def strike(process: int, output: Path, name: str, within_a_write: bool, delay: float, tally: Tally) -> None:
-    """Wait, then until a checkpoint is being written if asked to, and send the signal to the whole group."""
+    """Wait, then until a checkpoint is being written if asked to, and send the signal to all its processes."""
     end = time.monotonic() + delay
     temporary = output / "checkpoint-new.pth.tmp"
     while time.monotonic() < end or (within_a_write and not temporary.exists()):
         if os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return  # it ended before
         time.sleep(0.0003)
-    os.killpg(process, getattr(signal, name))
+    for group in (process, *(children(process) if name == "SIGKILL" else ())):  # SIGTERM torchrun passes on itself
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, getattr(signal, name))
     tally.kills += 1
     tally.within_a_write += temporary.exists() and name == "SIGKILL"
     wait(process, 600, reap=False)
     if (output / checkpoint.LAST).exists() or (output / checkpoint.PREVIOUS).exists():
         tally.without_checkpoint += checkpoint.find_own(output) is None
+
+
+def children(process: int) -> list[int]:
+    """torchrun's workers, each of which leads a process group."""
+    path = Path(f"/proc/{process}/task/{process}/children")
+    return [child for child in map(int, path.read_text().split()) if os.getpgid(child) == child]
 
 
 def wait(process: int, limit: float | None, reap: bool = True) -> int:

@@ -2,7 +2,8 @@
 
 A fault strikes in the given forward passes (counted from 0 in this process) of the given rank, every rank if none is
 given; with `once`, only while FILE does not exist. Kinds: a signal's name, sent to the process itself; `crash`; `nan`;
-`fill`, which fills the disk of PATH with a file of this name, `free`, which removes it; `remount`, PATH read-only.
+`orphan`, which kills the launcher; `fill`, which fills the disk of PATH with a file of this name, and `free`, which
+removes it; `remount`, PATH read-only.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def injected(faults: list[dict]) -> Iterator[None]:
                     factor = float("nan")
                 elif fault["kind"] == "crash":
                     raise RuntimeError("struck")
+                elif fault["kind"] == "orphan":
+                    os.kill(os.getppid(), signal.SIGKILL)
                 elif fault["kind"] == "fill":
                     fill(Path(fault["path"]))
                 elif fault["kind"] == "remount":

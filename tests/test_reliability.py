@@ -18,7 +18,7 @@ from helpers import ROOT, environment, log_lines, write_pictures
 import main_linprobe
 import main_pretrain
 import masking
-from util import checkpoint, control
+from util import checkpoint, control, lock
 
 MODEL = ["--model", "mae_vit_mini_patch4", "--norm_pix_loss", "--warmup_epochs", 0, "--lr", 1e-3, "--print_freq", 1]
 
@@ -238,6 +238,36 @@ def test_a_killed_worker_is_restarted_by_torchrun_and_nan_on_one_rank_is_everyon
     assert (tmp_path / "killed").exists()
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert log_lines(tmp_path / "whole")[0]["train_skipped_steps"] == pytest.approx(1 / 7)
+
+
+def test_workers_whose_launcher_is_killed_stop_and_continue(pictures, tmp_path):
+    more = ["--masking", "sbam_amr", "--batch_size", 2]
+    assert torchrun(pictures, tmp_path / "whole", [], *more).returncode == 0
+    orphan = {"kind": "orphan", "forward": 5, "rank": 1}
+    assert torchrun(pictures, tmp_path / "parts", [orphan], *more).returncode == -signal.SIGKILL
+    # The same command at once waits for the workers that write their checkpoint.
+    again = torchrun(pictures, tmp_path / "parts", [], *more)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path / "parts") not in listed
+
+
+def test_two_runs_do_not_write_to_one_folder(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "WAIT_S", 0.5)
+    script = "import sys, time; from pathlib import Path; from util import lock; file = lock.hold(Path(sys.argv[1])); "
+    script += "print('held', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit) as stop:
+        pretrain(pictures, tmp_path)
+    assert stop.value.code == 2
+    assert f"--output_dir {tmp_path}: process {other.pid} on" in capsys.readouterr().err
+    assert not (tmp_path / "log.txt").exists()
+    other.kill()
+    other.wait()
+    assert len(pretrain(pictures, tmp_path)) == 2
 
 
 def test_the_number_of_processes_may_change(pictures, tmp_path):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import datetime
 import os
+import signal
+import sys
 import warnings
 
 import torch
 import torch.distributed as td
 from torch import nn
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_THERE = datetime.timedelta(seconds=60)
 
 
 def rank() -> int:
@@ -36,6 +42,7 @@ def init(device: str | None, timeout_s: float = 1800) -> torch.device:
 
     A request for more GPUs than exist only warns: without CUDA the CPU is used, and processes share GPUs.
     """
+    _follow_launcher()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     backend = "nccl"
@@ -56,8 +63,17 @@ def init(device: str | None, timeout_s: float = 1800) -> torch.device:
     return target
 
 
+def _follow_launcher() -> None:
+    """If torchrun is killed, its workers get SIGTERM, as if it had been asked to stop: it cannot pass that on."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _join(backend: str, timeout: datetime.timedelta) -> None:
-    store, rank_, size = next(td.rendezvous("env://", timeout=timeout))
+    # torchrun's own store is there already, or never will be.
+    there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store, rank_, size = next(td.rendezvous("env://", timeout=min(timeout, _THERE) if there else timeout))
+    store.set_timeout(timeout)
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         # torchrun keeps the store when it restarts workers: what the dead ones wrote there must not be read.
         store = td.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)

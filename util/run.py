@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from util import checkpoint, control, dist, lr_sched, precision, provenance, seeding
+from util import checkpoint, cli, control, dist, lock, lr_sched, precision, provenance, seeding
 from util.batches import StepLoader, StepPlan
 from util.config import Settings
 from util.datasets import ImageSet, SeededImages
@@ -101,6 +101,7 @@ class Run:
         content: the checkpoint it continues from, or None.
         agreement: what the processes decide together.
         signals: what the system asks of this process.
+        locked: keeps other runs out of the folder.
         log: where its numbers go.
         start_epoch, start_step: where it begins.
         steps_per_epoch: optimizer steps in an epoch, once known.
@@ -114,6 +115,7 @@ class Run:
     content: dict | None
     agreement: control.Agreement
     signals: control.Signals
+    locked: IO | None = None
     log: RunLog = field(init=False)
     saver: Saver | None = field(init=False, default=None)
     start_epoch: int = field(init=False, default=0)
@@ -143,13 +145,17 @@ class Run:
 
     @staticmethod
     def start(settings: Settings, content: dict | None = None) -> Run:
-        """Join the other processes, choose the device, seed, write config.yaml."""
+        """Lock the folder, join the other processes, choose the device, seed, write config.yaml."""
+        locked = None
+        if not getattr(settings, "eval", False) and os.environ.get("RANK", "0") == "0":
+            with cli.exit_on_user_error():
+                locked = lock.hold(Path(settings.output_dir))
         device = dist.init(settings.device, settings.dist_timeout)
         seeding.seed_all(seeding.derive(settings.seed, seeding.MODEL))
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what is neither autocast nor salience
         amp, agreement = precision.resolve_amp(settings.amp, device), control.Agreement(settings.dist_timeout)
-        return Run(settings, device, amp, content, agreement, control.Signals())
+        return Run(settings, device, amp, content, agreement, control.Signals(), locked)
 
     def __enter__(self) -> Run:
         return self
@@ -157,6 +163,8 @@ class Run:
     def __exit__(self, kind, error, traceback) -> None:
         """Give the signals back; say which process is missing if that is why this one ends."""
         self.signals.restore()
+        if self.locked is not None:
+            self.locked.close()
         if isinstance(error, RuntimeError):
             self.agreement.explain(error)
 
