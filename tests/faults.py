@@ -3,7 +3,7 @@
 A fault strikes in the given forward passes (counted from 0 in this process) of the given rank, every rank if none is
 given; with `once`, only while FILE does not exist. Kinds: a signal's name, sent to the process itself; `crash`; `nan`;
 `orphan`, which kills the launcher; `fill`, which fills the disk of PATH with a file of this name, and `free`, which
-removes it; `remount`, PATH read-only.
+removes it; `unmount`, which takes the file system at PATH away.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def injected(faults: list[dict]) -> Iterator[None]:
                     os.kill(os.getppid(), signal.SIGKILL)
                 elif fault["kind"] == "fill":
                     fill(Path(fault["path"]))
-                elif fault["kind"] == "remount":
-                    subprocess.run(["mount", "-o", "remount,ro", fault["path"]], check=True)
+                elif fault["kind"] == "unmount":
+                    subprocess.run(["umount", "--lazy", fault["path"]], check=True)
                 elif fault["kind"] == "free":
                     Path(fault["path"]).unlink()
                 else:

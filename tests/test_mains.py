@@ -46,7 +46,7 @@ def test_pretraining_runs_two_steps_on_jpegs(pictures, tmp_path, strategy):
     assert 1 <= line["train_kept_tokens_min"] <= line["train_kept_tokens"] <= line["train_kept_tokens_max"] < 16
     assert ("train_salient_share" in line) == (strategy != "random")
     files = {path.name for path in tmp_path.iterdir() if not path.name.startswith("events")}
-    assert files == {"checkpoint-last.pth", "checkpoint-0.pth", "config.yaml", "log.txt"}
+    assert files == {"checkpoint-last.pth", "checkpoint-0.pth", ".lock", "config.yaml", "log.txt"}
     content = torch.load(tmp_path / "checkpoint-last.pth", weights_only=True)
     assert {"model", "optimizer", "scaler", "epoch", "step", "args"} <= content.keys()
     assert (content["epoch"], content["step"]) == (0, 2)
