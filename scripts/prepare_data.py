@@ -156,7 +156,8 @@ def exit_where_nothing_can_be_written(recipe: Recipe) -> Iterator[None]:
 
 def say(text: str) -> None:
     """Print what may hold names of files, in any encoding."""
-    print(text.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def in_parallel(work: list[Callable[[], list]], workers: int, title: str) -> list:
