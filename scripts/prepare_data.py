@@ -11,40 +11,25 @@ Every picture is decoded, before and after. Run again after an interruption, it 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import functools
-import io
-import itertools
-import json
 import os
 import sys
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np
 import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from util import cli, datasets, prepare, seeding, tar_shards
+from util import cli, datasets, dist, prepare, prepared
 from util.datasets import ImageSet
-from util.decode import Content
-from util.sources import Files
-
-SETTINGS = "prepare_data.json"  # in the destination: what it was made with
-
-
-@dataclass(frozen=True)
-class Split:
-    """Pictures to prepare: `title` is train, val, or empty for a folder without splits."""
-
-    title: str
-    images: ImageSet
-    root: Path | None  # what the names of the pictures are relative to; None where they are no files
+from util.prepared import Recipe, Split
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -52,24 +37,25 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(argv)
     torch.set_num_threads(1)
     with cli.exit_on_user_error():
-        splits = open_splits(arguments)
         if arguments.stats:
-            print_statistics(splits[0].images, arguments)
+            print_statistics(arguments)
             return
-        check_destination(arguments)
+        recipe = Recipe(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recipe)})
+        splits = open_splits(recipe)
+        for split in splits:
+            say_what_is_left_out(split)
+        with exit_where_nothing_can_be_written(recipe):
+            prepared.begin(recipe, splits)
     bad = []
-    for split in splits:
-        work = shard_work(split, arguments) if arguments.shards else file_work(split, arguments)
-        bad += in_parallel(work, arguments.workers, split.title or "pictures")
-    destination = Path(arguments.destination)
-    if arguments.shards:
-        describe_shards(destination, splits)
-    (destination / "bad_pictures.txt").write_text("".join(line + "\n" for line in sorted(bad)))
+    with exit_where_nothing_can_be_written(recipe):
+        for split in splits:
+            bad += in_parallel(prepared.pieces(split, recipe), arguments.workers, split.title or "pictures")
+        prepared.finish(recipe, splits, bad)
     total = sum(len(split.images) for split in splits)
-    print(f"{total - len(bad)} pictures are in {destination}; {len(bad)} cannot be decoded and were left out")
+    say(f"{total - len(bad)} pictures are in {recipe.destination}; {len(bad)} cannot be decoded and were left out")
     if bad:
-        print(f"their names are in {destination / 'bad_pictures.txt'}, for example {bad[0]}")
-    print_psnr(splits[0].images, arguments)
+        say(f"their names are in {Path(recipe.destination) / 'bad_pictures.txt'}, for example {bad[0]}")
+    print_psnr(splits[0].images, recipe)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -86,7 +72,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pixels", action="store_true", help="no JPEGs in the shards: pixels, large but quick to read")
     parser.add_argument("--per_shard", type=int, default=5000, help="pictures in a shard")
     parser.add_argument("--in_chans", type=int, default=3, help="1 grey, 3 RGB, 4 RGBA (written as PNG)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes")
+    parser.add_argument("--workers", type=int, default=dist.usable_cores(), help="processes")
     parser.add_argument("--stats", action="store_true", help="only print --mean and --std of the training pictures")
     parser.add_argument("--stats_images", type=int, default=20000, help="pictures for --stats, evenly spaced")
     parser.add_argument("--loader", help="package.module:function, as for pre-training; for --stats")
@@ -101,152 +87,77 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
+    if arguments.source:
+        arguments.source = os.path.abspath(arguments.source)  # the same source, however it is written
     return arguments
 
 
-def open_splits(arguments: argparse.Namespace) -> list[Split]:
-    """The training and, if there are some, the validation pictures. ValueError if there is nothing."""
-    name, source, chans = arguments.dataset, arguments.source, arguments.in_chans
+def open_splits(recipe: Recipe) -> list[Split]:
+    """The training and, if there are some, the validation pictures, of the same classes.
+
+    Raises:
+        ValueError: there is nothing, or validation has a class that training has not.
+    """
+    name, source, chans = recipe.dataset, recipe.source, recipe.in_chans
     root = Path(source)
     if name == "folder" and not (root / "train").is_dir():
-        return [Split("", datasets.open_unlabelled(name, source, chans, arguments.loader), root)]
-    splits = []
-    for title in ("train", "val"):
-        try:
-            images = datasets.open_labelled(name, source, title, chans)
-        except ValueError as error:
-            if title == "val":
-                print(f"no validation pictures ({error})")
-                continue
-            images = datasets.open_unlabelled(name, source, chans, arguments.loader)
-        splits.append(Split(title, images, root / title if name == "folder" else None))
-    return splits
+        say(f"{source}: has no folder train, so the pictures are prepared without classes and splits")
+        return [Split("", datasets.open_unlabelled(name, source, chans), root)]
+    train = open_training(recipe)
+    try:
+        images = datasets.open_labelled(name, source, "val", chans)
+    except ValueError as error:
+        say(f"no validation pictures ({error})")
+        return [train]
+    classes = train.images.classes
+    if classes and images.classes != classes:
+        extra = sorted(set(images.classes) - set(classes))
+        if extra:
+            raise ValueError(f"{source}: classes of the validation pictures that train has not: {extra[:5]}")
+        images = images.relabelled(classes)
+    return [train, Split("val", images, root / "val" if name == "folder" else None)]
 
 
-def check_destination(arguments: argparse.Namespace) -> None:
-    """Make the destination. ValueError if it was made with other settings, or is the source."""
-    destination = Path(arguments.destination)
-    if destination.resolve() == Path(arguments.source).resolve():
-        raise ValueError(f"{destination}: is the source; name another folder to write")
-    names = ("source", "dataset", "short_side", "long_side", "quality", "shards", "pixels", "per_shard", "in_chans")
-    settings = {name: getattr(arguments, name) for name in names}
-    destination.mkdir(parents=True, exist_ok=True)
-    path = destination / SETTINGS
-    if path.is_file() and json.loads(path.read_text()) != settings:
-        raise ValueError(f"{destination}: was begun with other settings ({path}); name another folder, or remove it")
-    path.write_text(json.dumps(settings))
+def open_training(recipe: Recipe) -> Split:
+    """The training pictures; without classes, and the reason is said, where not all have one."""
+    name, source, chans = recipe.dataset, recipe.source, recipe.in_chans
+    root = Path(source) / "train" if name == "folder" else None
+    try:
+        return Split("train", datasets.open_labelled(name, source, "train", chans), root)
+    except ValueError as error:
+        split = Split("train", datasets.open_unlabelled(name, source, chans), root)
+        without = int((split.labels < 0).sum())
+        if without:
+            say(f"{without} of {len(split.images)} training pictures are prepared without a class ({error})")
+        return split
 
 
-def shrink(images: ImageSet, index: int, arguments: argparse.Namespace) -> Content:
-    """Picture `index`, smaller. OSError names it if it cannot be decoded."""
-    options = {name: getattr(arguments, name) for name in ("short_side", "long_side", "quality", "pixels")}
-    return images.decoded(index, lambda content: prepare.resized(content, channels=images.channels, **options))
+def say_what_is_left_out(split: Split) -> None:
+    """How many pictures lie beside the folders of the classes."""
+    if split.root is None or not split.images.classes:
+        return
+    names = [entry.name.lower() for entry in split.root.iterdir() if entry.is_file()]
+    loose = sum(name.endswith(IMG_EXTENSIONS) and not name.startswith(".") for name in names)
+    if loose:
+        say(f"{split.root}: {loose} pictures beside the folders of the classes are left out")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+@contextlib.contextmanager
+def exit_where_nothing_can_be_written(recipe: Recipe) -> Iterator[None]:
+    """Turn an OSError, which reading a picture never ends in, into a sentence on stderr and exit status 1."""
+    try:
+        yield
+    except OSError as error:
+        sys.exit(
+            f"prepare_data.py: error: {recipe.destination}: cannot be written ({error}); "
+            "make room there, or let it be writable, and run the same again: it goes on where it was"
+        )
 
 
-def file_work(split: Split, arguments: argparse.Namespace) -> list[Callable[[], list[str]]]:
-    """One piece of work for every 64 pictures, which go to files named like theirs."""
-    pieces = range(0, len(split.images), 64)
-    return [functools.partial(write_files, split, arguments, start) for start in pieces]
-
-
-def write_files(split: Split, arguments: argparse.Namespace, start: int) -> list[str]:
-    """Write 64 pictures that are not there yet; what is wrong with the bad ones."""
-    bad = []
-    for index in range(start, min(start + 64, len(split.images))):
-        target = Path(arguments.destination) / split.title / file_name(split, index)
-        if target.is_file():
-            continue
-        try:
-            write_whole(target, shrink(split.images, index, arguments))
-        except OSError as error:
-            if target.parent.is_dir() and not os.access(target.parent, os.W_OK):
-                raise
-            bad.append(str(error))
-    return bad
-
-
-def file_name(split: Split, index: int) -> Path:
-    """Where the picture goes, below the split's folder: named like the source, its ending added to where it differs."""
-    suffix = ".png" if split.images.channels == 4 else ".jpg"
-    if split.root is None or not isinstance(split.images.source, Files):
-        classes = split.images.classes
-        folder = classes[int(split.images.labels[index])].replace("/", "_") if classes else ""
-        return Path(folder) / f"{index:08}{suffix}"
-    path = Path(split.images.source.name(index)).relative_to(split.root)
-    same = path.suffix.lower() in ((".jpg", ".jpeg") if suffix == ".jpg" else (suffix,))
-    return path if same else path.with_name(path.name + suffix)
-
-
-def shard_name(split: Split, number: int) -> str:
-    """train-000003.tar."""
-    return f"{split.title or 'train'}-{number:06}.tar"
-
-
-def shard_work(split: Split, arguments: argparse.Namespace) -> list[Callable[[], list[str]]]:
-    """One piece of work for every shard. The pictures are shuffled, for readers that stream."""
-    order = iter(seeding.permutation(0, 0, len(split.images)))
-    groups = iter(lambda: list(itertools.islice(order, arguments.per_shard)), [])
-    return [
-        functools.partial(write_shard, split, arguments, Path(arguments.destination) / shard_name(split, number), group)
-        for number, group in enumerate(groups)
-    ]
-
-
-def write_shard(split: Split, arguments: argparse.Namespace, path: Path, group: list[int]) -> list[str]:
-    """Write a shard and its index, unless both are there; what is wrong with its bad pictures."""
-    left_out = path.with_name(path.name + ".bad")
-    if tar_shards.index_path(path).is_file():
-        return left_out.read_text().splitlines() if left_out.is_file() else []
-    bad = []
-    temporary = path.with_name(path.name + ".tmp")
-    with tarfile.open(temporary, "w") as tar:
-        for index in group:
-            try:
-                members = as_member(shrink(split.images, index, arguments), split.images.channels)
-            except OSError as error:
-                bad.append(" ".join(str(error).split()))
-                continue
-            if split.images.classes:
-                members["cls"] = str(int(split.images.labels[index])).encode()
-            for kind, data in members.items():
-                member = tarfile.TarInfo(f"{index:08}.{kind}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-    temporary.replace(path)
-    if bad:
-        write_whole(left_out, "\n".join(bad).encode())
-    tar_shards.scan(path).save(path)  # last: it says that the shard is whole
-    return bad
-
-
-def as_member(picture: Content, channels: int) -> dict[str, bytes]:
-    """Ending and content of the file that holds a picture."""
-    if isinstance(picture, bytes):
-        return {"png" if channels == 4 else "jpg": picture}
-    buffer = io.BytesIO()
-    np.save(buffer, picture)
-    return {"npy": buffer.getvalue()}
-
-
-def describe_shards(destination: Path, splits: list[Split]) -> None:
-    """Write `_info.json`, as timm has it, and the names of the classes."""
-    found = {}
-    for split in splits:
-        shards = sorted(destination.glob(f"{split.title or 'train'}-*.tar"))
-        lengths = [len(tar_shards.open_index(shard).names) for shard in shards]
-        names = [shard.name for shard in shards]
-        title = split.title or "train"
-        found[title] = {"name": title, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
-    info = {"splits": found, "classes": list(splits[0].images.classes)}
-    write_whole(destination / tar_shards.INFO, json.dumps(info, indent=1).encode())
+def say(text: str) -> None:
+    """Print what may hold names of files, in any encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def in_parallel(work: list[Callable[[], list]], workers: int, title: str) -> list:
@@ -279,12 +190,12 @@ def _piece(number: int) -> list:
     return _work[number]()
 
 
-def print_psnr(images: ImageSet, arguments: argparse.Namespace, most: int = 200) -> None:
+def print_psnr(images: ImageSet, recipe: Recipe, most: int = 200) -> None:
     """What the pictures lost, on some of them, evenly spaced."""
     found = []
     for index in range(0, len(images), -(-len(images) // most)):
         try:
-            smaller = shrink(images, index, arguments)
+            smaller = recipe.shrink(images, index)
             found.append(prepare.crop_psnr(images.source.read(index), smaller, index))
         except OSError:
             continue  # said before
@@ -298,8 +209,9 @@ def print_psnr(images: ImageSet, arguments: argparse.Namespace, most: int = 200)
     )
 
 
-def print_statistics(images: ImageSet, arguments: argparse.Namespace) -> None:
-    """`--mean` and `--std`, to paste."""
+def print_statistics(arguments: argparse.Namespace) -> None:
+    """`--mean` and `--std` of the pictures that pre-training would see, to paste."""
+    images = datasets.open_unlabelled(arguments.dataset, arguments.source, arguments.in_chans, arguments.loader)
     step = -(-len(images) // arguments.stats_images)
     parts = [range(start, min(start + 64 * step, len(images)), step) for start in range(0, len(images), 64 * step)]
     work = [functools.partial(_statistics, images, part) for part in parts]

@@ -51,6 +51,15 @@ def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    """One shard with these members."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, errors="surrogateescape") as tar:
+        for name, data in members.items():
+            add_member(tar, name, data)
+    return path
+
+
 def write_parquet(source: Path, folder: Path) -> Path:
     """Parquet files of a Hugging Face data set, train and validation."""
     import datasets

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tarfile
 
 import data_files
 import numpy as np
@@ -144,6 +146,142 @@ def test_a_picture_without_its_class_is_named(shards, tmp_path):
     assert len(datasets.open_unlabelled("wds", str(place), 3)) == 12
     with pytest.raises(ValueError, match=r"train-000\.tar:00000\.jpg: this picture has no class"):
         datasets.open_labelled("wds", str(place), "train", 3)
+
+
+def opened(folder) -> tuple[list[bytes], list[int]]:
+    """Contents and classes, twice: from the shard, then from its index."""
+    first, again = (datasets.open_unlabelled("wds", str(folder), 3) for _ in range(2))
+    contents = [first.source.read(i) for i in range(len(first))]
+    assert contents == [again.source.read(i) for i in range(len(again))]
+    assert list(first.source.names) == list(again.source.names)
+    assert list(first.labels) == list(again.labels)
+    return contents, list(first.labels)
+
+
+@pytest.mark.parametrize(
+    ("members", "expected"),
+    [
+        (["a.jpg", "a.seg.png", "b.seg.png", "b.jpg"], ["a.jpg", "b.jpg"]),
+        (["a.jpg", "a.npy", "a.seg.npy", "b.npy", "b.JPEG"], ["a.jpg", "b.JPEG"]),
+        (["v1.0/x.3/a.jpg", "v1.0/x.4/a.jpg", "._a.jpg"], ["v1.0/x.3/a.jpg", "v1.0/x.4/a.jpg"]),
+        (["a.jpg", "a.png"], r"train-0\.tar: several pictures of one key \(a\.jpg, a\.png\)"),
+        (["a.jpg", "./a.jpg"], "several pictures of one key"),
+        (["img.000.jpg", "img.001.jpg"], r"after the first dot \(img\.000\.jpg, img\.001\.jpg\)"),
+        (["a.jpg", "b.seg.png", "b.npy"], r"after the first dot \(b\.seg\.png\)"),
+    ],
+)
+def test_a_key_of_a_shard_has_one_picture(tmp_path, members, expected):
+    data_files.write_tar(tmp_path / "train-0.tar", {name: name.encode() for name in members})
+    if isinstance(expected, list):
+        assert list(datasets.open_unlabelled("wds", str(tmp_path), 3).source.names) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            datasets.open_unlabelled("wds", str(tmp_path), 3)
+
+
+def test_links_in_a_shard_are_followed(tmp_path):
+    def write(target):
+        with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+            data_files.add_member(tar, "./x/a.jpg", b"picture")
+            data_files.add_member(tar, "x/a.cls", b"3")
+            for name, kind, linked in (
+                ("x/b.jpg", tarfile.LNKTYPE, "./x/a.jpg"),
+                ("y/c.jpg", tarfile.SYMTYPE, "../x/b.jpg"),
+                ("x/b.cls", tarfile.SYMTYPE, "a.cls"),
+                ("x/d.jpg", tarfile.SYMTYPE, target),
+            ):
+                member = tarfile.TarInfo(name)
+                member.type, member.linkname = kind, linked
+                tar.addfile(member)
+
+    write("./b.jpg")
+    assert opened(tmp_path) == ([b"picture"] * 4, [3, 3, -1, -1])
+    for target in ("/data/d.jpg", "d.jpg", "../nothing.jpg"):
+        write(target)
+        with pytest.raises(ValueError, match=r"train-0\.tar: x/d\.jpg is a link to .*(d|nothing)\.jpg, which"):
+            opened(tmp_path)
+
+
+def test_what_is_no_class_number_is_no_class(tmp_path):
+    caption = json.dumps({"caption": "a cat", "url": "http://x", "status": "success"}).encode()
+    texts = [caption, b'[{"bbox": [1, 2]}]', b'{"label": null}', b'{"label": "cat"}', b"\xff\xfe{", b'{"label": 2}']
+    members = {f"{i}.{kind}": data for i, text in enumerate(texts) for kind, data in (("json", text), ("jpg", b""))}
+    data_files.write_tar(tmp_path / "train-0.tar", {**members, "6.json": caption, "6.cls": b"4\n", "6.jpg": b""})
+    assert opened(tmp_path)[1] == [-1] * 5 + [2, 4]
+    with pytest.raises(ValueError, match=r"train-0\.tar:0\.jpg: this picture has no class"):
+        datasets.open_labelled("wds", str(tmp_path), "train", 3)
+
+
+def test_any_name_in_a_shard_can_be_indexed(tmp_path):
+    names = ["caf\udce9.jpg", "a\u2028b.jpg", "a\nb.jpg", "a\tb.jpg", "long" * 60 + "é.jpg"]
+    data_files.write_tar(tmp_path / "train-0.tar", {name: name.encode("utf-8", "surrogateescape") for name in names})
+    assert opened(tmp_path)[0] == [name.encode("utf-8", "surrogateescape") for name in names]
+    assert list(datasets.open_unlabelled("wds", str(tmp_path), 3).source.names) == names
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 512, b"\x17" * 512])
+def test_damage_in_the_middle_of_a_shard_is_named(tmp_path, damage):
+    shard = data_files.write_tar(tmp_path / "train-0.tar", {f"{i}.jpg": b"picture" * 100 for i in range(20)})
+    with tarfile.open(shard) as tar:
+        place = tar.getmembers()[10].offset
+    data = bytearray(shard.read_bytes())
+    data[place : place + 512] = damage
+    shard.write_bytes(data)
+    with pytest.raises(ValueError, match=rf"train-0\.tar: damaged or cut short at byte {place}, .*copy it again"):
+        datasets.open_unlabelled("wds", str(tmp_path), 3)
+
+
+def test_a_shard_of_which_the_end_was_never_written_is_named(tmp_path):
+    shard = data_files.write_tar(tmp_path / "train-0.tar", {f"{i}.jpg": bytes([i]) * 10**5 for i in range(40)})
+    data = shard.read_bytes()
+    shard.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    with pytest.raises(ValueError, match=r"train-0\.tar: \d+ bytes follow its last member at byte \d+, too many"):
+        datasets.open_unlabelled("wds", str(tmp_path), 3)
+
+
+def test_an_index_older_than_its_shard_or_of_the_first_format_is_made_anew(tmp_path):
+    shard = data_files.write_tar(tmp_path / "train-0.tar", {"a.jpg": b"a", "a.cls": b"0"})
+    index = tmp_path / "train-0.tar.idx"
+    assert opened(tmp_path) == ([b"a"], [0])
+    second = shard.stat().st_mtime_ns + 10**9
+    data_files.write_tar(shard, {"a.jpg": b"b", "a.cls": b"5"})
+    os.utime(shard, ns=(second, second))
+    assert opened(tmp_path) == ([b"b"], [5])
+    index.write_text(f"tar-index-1\t{shard.stat().st_size}\t1\n512\t1\t7\ta.jpg\n")
+    os.utime(index, ns=(second, second))
+    assert opened(tmp_path) == ([b"b"], [5])
+    assert index.read_text().startswith("tar-index-2")
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "val"),
+    [
+        ("part-0 part-1 val-0", "part-0 part-1", "val-0"),
+        ("part-0 val.0 part-test-1", "part-0", "val.0"),
+        ("in1k-train-00 in1k-validation-00 in1k-test-00", "in1k-train-00", "in1k-validation-00"),
+        ("in1k_Train_00 other", "in1k_Train_00", ""),
+        ("evaluate-0 trained-0", "evaluate-0 trained-0", ""),
+        ("train/0 train/1 train-2 val/0", "train/0 train/1", "val/0"),
+        ("val-0 test-0", "", "val-0"),
+    ],
+)
+def test_shards_of_another_split_are_never_trained_on(tmp_path, names, train, val):
+    for name in names.split():
+        data_files.write_tar(tmp_path / f"{name}.tar", {"a.jpg": b"", "a.cls": b"0"})
+    for split, expected in (("train", train), ("val", val)):
+        if expected:
+            found = tar_shards.find_shards(tmp_path, "", split)
+            assert found == [tmp_path / f"{name}.tar" for name in expected.split()]
+        else:
+            with pytest.raises(ValueError, match=f"no shards of the split {split}"):
+                tar_shards.find_shards(tmp_path, "", split)
+
+
+@pytest.mark.parametrize("name", ["train-val-0", "train/validation-0"])
+def test_a_shard_of_two_splits_is_asked_about(tmp_path, name):
+    data_files.write_tar(tmp_path / f"{name}.tar", {"a.jpg": b""})
+    with pytest.raises(ValueError, match=r"0\.tar: train or val\? Rename this shard, or"):
+        tar_shards.find_shards(tmp_path, "", "train")
 
 
 def test_a_missing_part_of_a_library_s_data_set_is_said(tmp_path, monkeypatch):

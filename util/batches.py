@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from util import control, seeding
+from util import control, dist, seeding
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class StepLoader:
 
     def advice(self, share: float) -> str:
         """What to change where the device waits for this loader during `share` of the time."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = dist.usable_cores()
         more = f"raise --num_workers {self.num_workers} (this machine has {cores} cores for all its processes), "
         return (
             f"the loader is the bottleneck: {share:.0%} of the time no batch was ready; "

@@ -1,4 +1,4 @@
-"""Processes: who am I, how many are we, sums over all. One process = not distributed."""
+"""Processes: who am I, how many are we, on how many cores, sums over all. One process = not distributed."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def is_main() -> bool:
 def launched_world_size() -> int:
     """Number of processes the launcher (torchrun, submitit) says there are; known before `init`."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use; where the system does not say (macOS), all of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def init(device: str | None, timeout_s: float = 1800) -> torch.device:

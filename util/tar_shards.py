@@ -6,45 +6,22 @@ import io
 import json
 import os
 import re
-import tarfile
 from collections import OrderedDict
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.decode import Content
 from util.sources import Strings
+from util.tar_index import open_index
 
 INFO = "_info.json"  # beside the shards, as timm reads it: which shards make a split, and how long each is
-EXTENSIONS = {*IMG_EXTENSIONS, ".npy"}
-_MAGIC = "tar-index-1"
 _OPEN_FILES = 64
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where the pictures of one shard lie.
-
-    Attributes:
-        starts, sizes: of the pictures' bytes in the shard.
-        labels: their classes, -1 where the shard has none.
-        names: of the members.
-    """
-
-    starts: np.ndarray
-    sizes: np.ndarray
-    labels: np.ndarray
-    names: list[str]
-
-    def save(self, shard: Path) -> None:
-        """Write it beside `shard`; whole or not at all."""
-        rows = zip(self.starts, self.sizes, self.labels, self.names, strict=True)
-        lines = [f"{_MAGIC}\t{shard.stat().st_size}\t{len(self.names)}", *("\t".join(map(str, row)) for row in rows)]
-        temporary = Path(f"{index_path(shard)}.{os.getpid()}.tmp")
-        temporary.write_text("\n".join(lines) + "\n")
-        temporary.replace(index_path(shard))
+_SPLITS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid"),
+    "test": ("test", "testing"),
+}
 
 
 class TarShards:
@@ -70,7 +47,7 @@ class TarShards:
         data = os.pread(self._descriptor(shard), size, int(self.starts[index]))  # no file position to share
         if len(data) != size:
             raise OSError("the shard is cut short")
-        return np.load(io.BytesIO(data), allow_pickle=False) if self.names[index].endswith(".npy") else data
+        return np.load(io.BytesIO(data), allow_pickle=False) if self.names[index].lower().endswith(".npy") else data
 
     def name(self, index: int) -> str:
         """shard:member."""
@@ -86,90 +63,6 @@ class TarShards:
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_files": OrderedDict()}
-
-
-def index_path(shard: Path) -> Path:
-    """The index's place."""
-    return shard.with_name(shard.name + ".idx")
-
-
-def open_index(shard: Path) -> ShardIndex:
-    """The index of `shard`, made and kept if there is none. ValueError names what is missing, cut or does not match."""
-    if not shard.is_file():
-        raise ValueError(f"{shard}: this shard is missing")
-    if index_path(shard).is_file():
-        return _load_index(shard)
-    index = scan(shard)
-    try:
-        index.save(shard)
-    except OSError as error:
-        print(f"{shard}: its index cannot be kept ({error.strerror}); every start reads the whole shard's headers")
-    return index
-
-
-def scan(shard: Path) -> ShardIndex:
-    """Find the pictures of `shard` and their classes (key.cls, or key.json with "label")."""
-    pictures: dict[str, tuple[int, int, str]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                path = PurePosixPath(member.name)
-                key, kind = str(path.parent / path.name.split(".")[0]), path.suffix.lower()
-                if kind in EXTENSIONS:
-                    pictures[key] = (member.offset_data, member.size, member.name)
-                elif kind in (".cls", ".json"):
-                    label = json.loads(tar.extractfile(member).read())
-                    labels[key] = int(label["label"] if isinstance(label, dict) else label)
-    except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"{shard}: not a whole, uncompressed tar file ({error}); copy it again") from error
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{shard}: {member.name} holds no class number ({error!r})") from error
-    _check_end(shard)
-    if not pictures:
-        raise ValueError(f"{shard}: no picture in this shard")
-    starts, sizes, names = zip(*pictures.values(), strict=True)
-    found = np.array([labels.get(key, -1) for key in pictures], dtype=np.int64)
-    return ShardIndex(np.array(starts, dtype=np.int64), np.array(sizes, dtype=np.int64), found, list(names))
-
-
-def _check_end(shard: Path) -> None:
-    """A tar file ends with two blocks of zeros; one that was cut between two members has no other mark."""
-    with open(shard, "rb") as file:
-        file.seek(max(0, shard.stat().st_size - 1024))
-        if file.read().strip(b"\0"):
-            raise ValueError(f"{shard}: cut short, the end mark of a tar file is missing; copy it again")
-
-
-def _load_index(shard: Path) -> ShardIndex:
-    path = index_path(shard)
-    wrong = f"{path}: this index does not match its shard"
-    remedy = "copy the shard again if it was cut short, or delete the index to have it made anew"
-    try:
-        header, *lines = path.read_text().splitlines()
-        magic, num_bytes, num_samples = header.split("\t")
-        rows = [line.split("\t", 3) for line in lines]
-        table = np.array([row[:3] for row in rows], dtype=np.int64).reshape(-1, 3)
-        index = ShardIndex(*table.T, [row[3] for row in rows])
-        expected = (int(num_bytes), int(num_samples))
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"{path}: not a whole index ({error}); delete it to have it made anew") from error
-    if magic != _MAGIC or len(rows) != expected[1]:
-        raise ValueError(f"{path}: not a whole index; delete it to have it made anew")
-    if shard.stat().st_size != expected[0]:
-        raise ValueError(f"{wrong}: {shard.name} has {shard.stat().st_size} bytes, not {expected[0]}; {remedy}")
-    with open(shard, "rb") as file:
-        for row in {0, len(rows) - 1}:
-            file.seek(index.starts[row] - tarfile.BLOCKSIZE)  # where the member's own header is
-            try:
-                member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-            except tarfile.TarError as error:
-                raise ValueError(f"{wrong} at {index.names[row]} ({error}); {remedy}") from error
-            if member.size != index.sizes[row]:
-                raise ValueError(f"{wrong} at {index.names[row]}; {remedy}")
-    return index
 
 
 def read_info(root: Path) -> dict:
@@ -195,20 +88,36 @@ def find_shards(root: Path, pattern: str, split: str) -> list[Path]:
     if pattern:
         shards = [path for part in _expand(pattern) for path in (sorted(root.glob(part)) or [root / part])]
     else:
-        synonyms = ("train", "training") if split == "train" else ("val", "validation", "valid")
-        listed = [part for name, part in read_info(root).get("splits", {}).items() if name in synonyms]
+        listed = [part for name, part in read_info(root).get("splits", {}).items() if name in _SPLITS[split]]
         if listed:
             return _listed_shards(root, listed[0])
-        places = [place for name in synonyms for place in (f"{name}/*.tar", f"{name}[-_.]*.tar")]
-        shards = next((found for place in places if (found := sorted(root.glob(place)))), [])
-        if not shards and split == "train":
-            shards = sorted(root.glob("*.tar"))
+        shards = _named_shards(root, split)
     if not shards:
         raise ValueError(f"--data_path {root}: no shards of the split {split}; expected {split}/*.tar or {split}-*.tar")
     for shard in shards:
         if not shard.is_file():
             raise ValueError(f"{shard}: this shard is missing")
     return shards
+
+
+def _named_shards(root: Path, split: str) -> list[Path]:
+    """Those in a folder of the split's name, else those whose names say the split, else, to train on, the unnamed."""
+    inside = [shard for name in _SPLITS[split] for shard in sorted(root.glob(f"{name}/*.tar"))]
+    beside = sorted(root.glob("*.tar"))
+    for shards, wanted in ((inside, split), (beside, split), (beside, None)):
+        found = [shard for shard in shards if _said_split(shard.relative_to(root)) == wanted]
+        if found and (wanted or split == "train"):
+            return found
+    return []
+
+
+def _said_split(path: Path) -> str | None:
+    """The split that a word of the path says, such as imagenet-train-000.tar. ValueError if it says two."""
+    words = re.split(r"[-_./]", path.as_posix().lower())
+    said = [split for split, names in _SPLITS.items() if not set(names).isdisjoint(words)]
+    if len(said) > 1:
+        raise ValueError(f"{path}: {' or '.join(said)}? Rename this shard, or name all with --dataset wds/PATTERN")
+    return said[0] if said else None
 
 
 def _listed_shards(root: Path, split: dict) -> list[Path]:
