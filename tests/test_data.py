@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import random
+import tarfile
 
+import data_files
 import numpy as np
 import pytest
 import tifffile
@@ -12,7 +16,9 @@ from helpers import write_pictures
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from util import datasets, transforms
+import main_pretrain
+from util import datasets, decode, prepare, tar_shards, transforms
+from util.config import FinetuneSettings
 from util.crop import SingleDrawResizedCrop
 from util.datasets import SeededImages
 
@@ -38,9 +44,41 @@ def test_pretraining_takes_any_folder_of_pictures(tmp_path):
     assert len(datasets.open_unlabelled("folder", str(tmp_path), 3)) == 3
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_channels(folder, channels, mode):
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "CMYK")])
+def test_channels(folder, tmp_path, channels, mode):
     assert datasets.open_unlabelled("folder", str(folder), channels).picture(0).mode == mode
+    written = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    Image.fromarray(written).save(tmp_path / "a.png")
+    images = datasets.open_unlabelled("folder", str(tmp_path), channels)
+    grey = np.asarray(Image.fromarray(written[..., :3]).convert("L"))[..., None]
+    expected = grey if channels == 1 else written[..., :channels]
+    np.testing.assert_array_equal(images.pixels(0).numpy(), expected)
+    np.testing.assert_array_equal(np.asarray(images.picture(0)).reshape(expected.shape), expected)
+
+
+def test_colours_stay_where_the_fourth_channel_is_zero():
+    """Infrared of water is 0: nothing may take the fourth channel for transparency."""
+    pixels = np.full((60, 80, 4), (200, 100, 50, 0), dtype=np.uint8)
+    pixels[:, np.arange(80) % 8 < 4, 3] = 255  # in every crop both
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    picture, size, scale = decode.to_picture(buffer.getvalue(), "RGBA"), (24, 32), (0.2, 1.0)
+    found = {
+        "exact": transforms.pretrain_transform(size, scale, 0.5, exact=True)(picture)[0].permute(2, 0, 1),
+        "probe": transforms.probe_transform(size, scale, 0.5)(picture),
+        "fine-tuning": transforms.finetune_transform(size, scale, 0.5, None, None, (0.5,) * 4)(picture),
+        "evaluation": transforms.evaluation_transform(size, None)(picture),
+    }
+    as_file, as_array = (
+        prepare.resized(buffer.getvalue(), short_side=24, channels=4, pixels=pixels) for pixels in (False, True)
+    )
+    found["prepared file"] = decode.to_pixels(as_file, 4).permute(2, 0, 1)
+    found["prepared array"] = torch.tensor(as_array).permute(2, 0, 1)
+    for name, result in found.items():
+        assert result.shape == (4, *size), name
+        for band, value in enumerate((200, 100, 50)):
+            assert (result[band] == value).all(), name
+        assert result[3].max() > result[3].min(), name
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path, folder):
@@ -192,7 +230,6 @@ def test_the_probes_crop_of_a_tiny_picture():
 
 def test_erasing_and_mixing_come_after_normalisation(monkeypatch):
     import main_finetune
-    from util.config import FinetuneSettings
 
     settings = FinetuneSettings(reprob=1.0, mixup=0.8, cutmix=1.0)
     prepare = main_finetune.make_prepare(settings, 10, transforms.Normalize((0.5,), (0.5,)), torch.device("cpu"))

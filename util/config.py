@@ -238,6 +238,8 @@ class FinetuneSettings(SupervisedSettings):
             raise ValueError(f"--cutmix_minmax {self.cutmix_minmax}: give two numbers, smallest and largest side")
         if self.aa and self.in_chans not in (1, 3):
             raise ValueError(f"--in_chans {self.in_chans}: --aa needs 1 or 3 channels; turn it off with --aa null")
+        if self.color_jitter and self.in_chans not in (1, 3):
+            raise ValueError(f"--in_chans {self.in_chans}: --color_jitter needs 1 or 3 channels; leave it out")
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"--batch_size {self.batch_size}: must be even, because mixup and cutmix pair the images")
 
