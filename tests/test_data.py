@@ -187,6 +187,9 @@ def test_channel_statistics():
         transforms.channel_statistics(3, [0.5], None)
     with pytest.raises(ValueError, match="above 0"):
         transforms.channel_statistics(1, None, [0.0])
+    for mean, std in (([float("nan")], None), (None, [float("nan")]), (None, [float("inf")])):
+        with pytest.raises(ValueError, match="every number must be finite"):
+            transforms.channel_statistics(1, mean, std)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
