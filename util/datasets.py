@@ -31,12 +31,14 @@ class ImageSet:
         labels: class of each.
         classes: names of the classes; empty if the labels mean nothing.
         channels: that are wanted.
+        dtype: of the values of every picture that is made a tensor, `uint8` for picture files; None: any.
     """
 
     source: sources.Source
     labels: Sequence[int]
     classes: tuple[str, ...]
     channels: int
+    dtype: np.dtype | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -48,11 +50,22 @@ class ImageSet:
 
     def picture(self, index: int) -> Image.Image:
         """Picture `index` for PIL. OSError names it if it cannot be decoded."""
-        return self.decoded(index, lambda content: decode.to_picture(content, decode.MODES[self.channels]))
+        return self.decoded(index, self.to_picture)
 
     def pixels(self, index: int) -> torch.Tensor:
         """Picture `index` as a tensor (H, W, C), `uint8` or fp32. OSError names it if it cannot be decoded."""
-        return self.decoded(index, lambda content: decode.to_pixels(content, self.channels))
+        return self.decoded(index, self.to_pixels)
+
+    def to_picture(self, content: decode.Content) -> Image.Image:
+        """As `decode.to_picture`, in the wanted channels."""
+        return decode.to_picture(content, decode.MODES[self.channels])
+
+    def to_pixels(self, content: decode.Content) -> torch.Tensor:
+        """As `decode.to_pixels`. ValueError if the values are of another type than `dtype`."""
+        found = decode.dtype_of(content)
+        if self.dtype is not None and found != self.dtype:
+            raise ValueError(f"its values are {found}, those of the first picture {self.dtype}; they must be alike")
+        return decode.to_pixels(content, self.channels)
 
     def decoded(self, index: int, decoder: Callable):
         """What `decoder` makes of the content of picture `index`; an OSError with its name for any error."""
@@ -65,19 +78,22 @@ class ImageSet:
 class SeededImages(Dataset):
     """`dataset[epoch, index]` -> transformed picture and label, random only in (seed, epoch, index).
 
-    A picture that cannot be decoded is replaced by the next good one, with its label, and marked in `bad`.
+    A picture that cannot be decoded is replaced by the next good one, with its label, and marked in `bad`. Once those
+    are too many, a blank picture is handed out instead of searching on: `bad.collect` will end the run.
 
     Args:
         images: the pictures.
         transform: PIL image -> tensor (C, H, W); or, if it has a true attribute `takes_pixels`, of a tensor (H, W, C).
         seed: of the augmentation.
-        max_bad_images: share of the pictures that may be bad.
+        max_bad_images: share of the pictures that may be bad; None where nobody calls `bad.collect`: then only a set
+            without any good picture is an OSError.
     """
 
-    def __init__(self, images: ImageSet, transform: Callable, seed: int = 0, max_bad_images: float = 0.0):
+    def __init__(self, images: ImageSet, transform: Callable, seed: int = 0, max_bad_images: float | None = None):
         self.images, self.transform, self.seed = images, transform, seed
-        self._decode = images.pixels if getattr(transform, "takes_pixels", False) else images.picture
-        self.bad = BadPictures(len(images), max_bad_images, self._describe)
+        self._decoder = images.to_pixels if getattr(transform, "takes_pixels", False) else images.to_picture
+        self._collected = max_bad_images is not None
+        self.bad = BadPictures(len(images), max_bad_images if self._collected else 1.0, self._describe)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -95,21 +111,25 @@ class SeededImages(Dataset):
         """Of picture `index`, for messages."""
         return self.images.source.name(index)
 
-    def _first_good(self, index: int, most: int = 100) -> tuple[int, Image.Image | torch.Tensor]:
-        first = None
-        for candidate in ((index + distance) % len(self) for distance in range(min(most, len(self)))):
-            if candidate in self.bad:
-                continue
-            try:
-                return candidate, self._decode(candidate)
-            except OSError as error:
-                self.bad.mark(candidate)
-                first = first or error
-        raise OSError(f"{first or self._describe(index)}; nor can the {min(most, len(self))} pictures from it on")
+    def _first_good(self, index: int) -> tuple[int, Image.Image | torch.Tensor]:
+        for candidate in ((index + distance) % len(self) for distance in range(len(self))):
+            if candidate not in self.bad:
+                try:
+                    return candidate, self.images.decoded(candidate, self._decoder)
+                except OSError:
+                    self.bad.mark(candidate)
+            if self._collected and self.bad.too_many():
+                return index, self._blank()
+        raise OSError(f"{self._describe(index)}; nor can the {len(self)} pictures from it on")
+
+    def _blank(self) -> Image.Image | torch.Tensor:
+        """A picture that fits into a batch with the others."""
+        array, dtype = np.zeros((8, 8, self.images.channels), dtype=np.uint8), self.images.dtype
+        return self._decoder(array if self._decoder == self.images.to_picture or dtype is None else array.astype(dtype))
 
     def _describe(self, index: int) -> str:
         try:
-            self._decode(index)
+            self.images.decoded(index, self._decoder)
         except OSError as error:
             return str(error)
         return f"{self.images.source.name(index)}: could not be decoded, but now it can"
