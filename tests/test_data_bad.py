@@ -200,6 +200,36 @@ def test_nothing_but_bad_pictures_is_an_error_with_a_name(tmp_path):
         data[0, 1]
 
 
+@pytest.mark.parametrize(("exact", "loader"), [(False, None), (True, None), (False, "util.loaders:npy")])
+def test_once_too_many_are_bad_blank_pictures_fill_the_batch_and_the_run_ends(tmp_path, exact, loader, capsys):
+    for number in range(4):
+        (tmp_path / f"{number}.{'npy' if loader else 'png'}").write_bytes(b"none")
+    if loader:
+        np.save(tmp_path / "0.npy", np.full((9, 9, 3), 65535, dtype=np.uint16))
+    else:
+        Image.new("RGB", (9, 9), "white").save(tmp_path / "0.png")
+    images = datasets.open_unlabelled("folder", str(tmp_path), 3, loader)
+    transform = transforms.pretrain_transform((16, 16), (0.2, 1.0), 0.5, exact)
+    data = SeededImages(images, transform, max_bad_images=0.3)
+    ((pixels, _), _) = torch.utils.data.default_collate([data[0, index] for index in (3, 2, 0, 1)])
+    assert [crop.max().item() for crop in pixels] == [pixels[0].max().item(), 0, pixels[0].max().item(), 0]
+    assert pixels[0].max() > 0  # the first bad one was replaced
+    with pytest.raises(TooManyBadPictures):
+        data.bad.collect(torch.device("cpu"))
+    assert "3 of 4 pictures cannot be decoded, more than --max_bad_images 0.3 allows" in capsys.readouterr().err
+
+
+def test_all_bad_is_too_many_whatever_is_allowed(capsys):
+    bad = BadPictures(2, 1.0, str)
+    bad.mark(0)
+    assert (bad.collect(torch.device("cpu")), bad.too_many()) == (1, False)
+    bad.mark(1)
+    assert bad.too_many()
+    with pytest.raises(TooManyBadPictures):
+        bad.collect(torch.device("cpu"))
+    assert "error: 2 of 2 pictures cannot be decoded, which is all of them; mend" in capsys.readouterr().err
+
+
 @two_decoders
 def test_damaged_files_never_crash_and_both_decoders_agree():
     """2,000 JPEGs and PNGs with cut ends and changed bytes: decoded alike by both ways, or refused by both."""
