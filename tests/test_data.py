@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 import random
+import tarfile
 
+import data_files
 import numpy as np
 import pytest
 import tifffile
@@ -12,7 +16,9 @@ from helpers import write_pictures
 from PIL import Image
 from torchvision.transforms import functional as F
 
-from util import datasets, transforms
+import main_pretrain
+from util import datasets, decode, prepare, tar_shards, transforms
+from util.config import FinetuneSettings
 from util.crop import SingleDrawResizedCrop
 from util.datasets import SeededImages
 
@@ -38,9 +44,41 @@ def test_pretraining_takes_any_folder_of_pictures(tmp_path):
     assert len(datasets.open_unlabelled("folder", str(tmp_path), 3)) == 3
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_channels(folder, channels, mode):
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "CMYK")])
+def test_channels(folder, tmp_path, channels, mode):
     assert datasets.open_unlabelled("folder", str(folder), channels).picture(0).mode == mode
+    written = np.random.default_rng(0).integers(0, 256, (9, 7, 4), dtype=np.uint8)
+    Image.fromarray(written).save(tmp_path / "a.png")
+    images = datasets.open_unlabelled("folder", str(tmp_path), channels)
+    grey = np.asarray(Image.fromarray(written[..., :3]).convert("L"))[..., None]
+    expected = grey if channels == 1 else written[..., :channels]
+    np.testing.assert_array_equal(images.pixels(0).numpy(), expected)
+    np.testing.assert_array_equal(np.asarray(images.picture(0)).reshape(expected.shape), expected)
+
+
+def test_colours_stay_where_the_fourth_channel_is_zero():
+    """Infrared of water is 0: nothing may take the fourth channel for transparency."""
+    pixels = np.full((60, 80, 4), (200, 100, 50, 0), dtype=np.uint8)
+    pixels[:, np.arange(80) % 8 < 4, 3] = 255  # in every crop both
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    picture, size, scale = decode.to_picture(buffer.getvalue(), "RGBA"), (24, 32), (0.2, 1.0)
+    found = {
+        "exact": transforms.pretrain_transform(size, scale, 0.5, exact=True)(picture)[0].permute(2, 0, 1),
+        "probe": transforms.probe_transform(size, scale, 0.5)(picture),
+        "fine-tuning": transforms.finetune_transform(size, scale, 0.5, None, None, (0.5,) * 4)(picture),
+        "evaluation": transforms.evaluation_transform(size, None)(picture),
+    }
+    as_file, as_array = (
+        prepare.resized(buffer.getvalue(), short_side=24, channels=4, pixels=pixels) for pixels in (False, True)
+    )
+    found["prepared file"] = decode.to_pixels(as_file, 4).permute(2, 0, 1)
+    found["prepared array"] = torch.tensor(as_array).permute(2, 0, 1)
+    for name, result in found.items():
+        assert result.shape == (4, *size), name
+        for band, value in enumerate((200, 100, 50)):
+            assert (result[band] == value).all(), name
+        assert result[3].max() > result[3].min(), name
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path, folder):
@@ -88,6 +126,122 @@ def test_loaders_keep_every_band_and_depth(tmp_path):
     assert (crop.shape, crop.dtype) == ((16, 24, 5), torch.float32)
     with pytest.raises(ValueError, match=r"0\.tif: cannot be decoded .*not \(height, width, 4\); see --in_chans"):
         datasets.open_unlabelled("folder", str(tmp_path), 4, "util.loaders:tiff")
+
+
+def test_finetuning_with_four_channels_takes_no_colour_augmentation():
+    FinetuneSettings(in_chans=4, aa=None).check()
+    for flag, options in (("aa", {}), ("color_jitter", {"aa": None, "color_jitter": 0.4})):
+        with pytest.raises(ValueError, match=f"--in_chans 4: --{flag} needs 1 or 3 channels"):
+            FinetuneSettings(in_chans=4, **options).check()
+
+
+def names_of(images):
+    return [images.source.name(index) for index in range(len(images))]
+
+
+@pytest.mark.parametrize("loader", [None, "util.loaders:tiff"])
+def test_the_walk_through_folders(tmp_path, loader):
+    """Links are followed, none in a circle; hidden files are no pictures; the order is that of the paths."""
+    for place in ("data", "elsewhere", "data/.cache", "data/b"):
+        (tmp_path / place).mkdir()
+    shown = ["a1\u00b22.tif", "b/x01.tif", "b/x1.tif", "b/x10.tif", "b/x2.tif", "linked/y.tif"]
+    hidden = ["._a.tif", ".cache/z.tif"]
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "b" / "latest").symlink_to(".")
+    for name in [*hidden, *shown[::-1]]:
+        Image.new("L", (8, 8)).save(tmp_path / "data" / name)
+    images = datasets.open_unlabelled("folder", str(tmp_path / "data"), 1, loader)
+    assert names_of(images) == [str(tmp_path / "data" / name) for name in shown]
+
+
+def test_a_class_may_have_no_picture_and_what_is_hidden_is_no_class(tmp_path):
+    write_pictures(tmp_path, per_class=2)
+    (tmp_path / "train" / "class00").mkdir()
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "train" / "class0" / "._0.jpg").write_bytes(b"macOS")
+    images = datasets.open_labelled("folder", str(tmp_path), "train", 3)
+    assert images.classes == ("class0", "class00", "class1")
+    assert list(images.labels) == [0, 0, 2, 2]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_files_of_a_loader_are_of_one_type(tmp_path, workers, capsys):
+    """Depths mixed in a batch are normalised wrongly, so another one than the first file's is a bad picture."""
+    for number, dtype in enumerate((">u2", np.uint16, np.uint8, np.float32)):
+        np.save(tmp_path / f"{number}.npy", np.full((9, 9, 2), 257, dtype=np.uint16).astype(dtype))
+    images = datasets.open_unlabelled("folder", str(tmp_path), 2, "util.loaders:npy")
+    data = SeededImages(images, transforms.pretrain_transform((8, 8), (0.2, 1.0), 0.5), max_bad_images=0.5)
+    loader = torch.utils.data.DataLoader(data, batch_sampler=[[(0, 0), (0, 1), (0, 2), (0, 3)]], num_workers=workers)
+    ((pixels, _), _), *_ = loader
+    assert pixels.dtype == torch.float32
+    torch.testing.assert_close(pixels, torch.full_like(pixels, 257 / 65535))
+    assert data.bad.collect(torch.device("cpu")) == 2
+    said = capsys.readouterr().err
+    assert "2.npy: cannot be decoded (its values are uint8, those of the first picture uint16; they must be" in said
+    assert "3.npy: cannot be decoded (its values are float32" in said
+
+
+def test_a_loader_s_first_file_may_be_bad(tmp_path):
+    (tmp_path / "0.npy").write_bytes(b"")
+    np.save(tmp_path / "1.npy", np.zeros((4, 4, 2), dtype=np.float32))
+    images = datasets.open_unlabelled("folder", str(tmp_path), 2, "util.loaders:npy")
+    assert (len(images), images.dtype) == (2, np.float32)
+
+
+def test_a_loader_with_a_mistake_in_it_is_named(tmp_path, folder, monkeypatch):
+    (tmp_path / "wrongly_written.py").write_text("def read(path:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"--loader wrongly_written:read: cannot be imported .SyntaxError"):
+        datasets.open_unlabelled("folder", str(folder), 3, "wrongly_written:read")
+
+
+def write_shard(path, members):
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            if isinstance(content, np.ndarray):
+                buffer = io.BytesIO()
+                np.save(buffer, content)
+                content = buffer.getvalue()
+            data_files.add_member(tar, name, content)
+    return str(path.parent)
+
+
+def test_arrays_in_shards_may_have_any_channels(tmp_path, folder, capsys):
+    bands = np.random.default_rng(0).integers(0, 65536, (20, 20, 12), dtype=np.uint16)
+    jpeg = (folder / "train" / "class0" / "0.jpg").read_bytes()
+    place = write_shard(tmp_path / "shards" / "train-0.tar", {"a.npy": bands, "b.jpg": jpeg})
+    images = datasets.open_unlabelled("wds", place, 12)
+    np.testing.assert_allclose(images.pixels(0).numpy(), bands / 65535, rtol=1e-6)
+    with pytest.raises(OSError, match=r"b\.jpg: cannot be decoded .its values are uint8"):
+        images.pixels(1)
+    place = write_shard(tmp_path / "bytes" / "train-0.tar", {"a.npy": bands.astype(np.uint8), "b.jpg": jpeg})
+    with pytest.raises(OSError, match=r"b\.jpg: cannot be decoded .a picture file, which cannot have 12 channels"):
+        datasets.open_unlabelled("wds", place, 12).pixels(1)
+    with pytest.raises(ValueError, match="--in_chans 12: training with classes takes 1"):
+        datasets.open_labelled("wds", place, "train", 12)
+    flags = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--epochs", 1, "--num_workers", 0, "--batch_size", 2]
+    flags += ["--dataset", "wds", "--data_path", place, "--in_chans", 12, "--max_bad_images", 0.5, "--device", "cpu"]
+    main_pretrain.main([*map(str, flags), "--output_dir", str(tmp_path / "run")])
+    assert "b.jpg: cannot be decoded" in capsys.readouterr().err
+
+
+def test_a_class_without_a_name_is_named(tmp_path, folder):
+    jpeg = (folder / "train" / "class0" / "0.jpg").read_bytes()
+    place = write_shard(tmp_path / "s" / "train-0.tar", {"a.jpg": jpeg, "a.cls": b"1", "b.jpg": jpeg, "b.cls": b"2"})
+    (tmp_path / "s" / tar_shards.INFO).write_text(json.dumps({"splits": {}, "classes": ["cat", "dog"]}))
+    with pytest.raises(ValueError, match=r"b\.jpg: its class is 2, but only 2 classes have names"):
+        datasets.open_labelled("wds", place, "train", 3)
+
+
+@pytest.mark.parametrize("name", ["eval_every", "vis_every"])
+def test_what_looks_at_pictures_is_refused_for_arrays(name, folder, capsys):
+    channels = ["--in_chans", "5"]
+    for more in (["--loader", "util.loaders:npy"], [*channels, "--loader", "util.loaders:npy"], channels):
+        with pytest.raises(SystemExit) as error:
+            main_pretrain.main(["--data_path", str(folder), f"--{name}", "1", *more])
+        assert error.value.code == 2
+        assert f"error: --{name}: resizes with Pillow, which" in capsys.readouterr().err
 
 
 def test_the_digits_are_split_without_overlap():
@@ -149,6 +303,9 @@ def test_channel_statistics():
         transforms.channel_statistics(3, [0.5], None)
     with pytest.raises(ValueError, match="above 0"):
         transforms.channel_statistics(1, None, [0.0])
+    for mean, std in (([float("nan")], None), (None, [float("nan")]), (None, [float("inf")])):
+        with pytest.raises(ValueError, match="every number must be finite"):
+            transforms.channel_statistics(1, mean, std)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
@@ -192,7 +349,6 @@ def test_the_probes_crop_of_a_tiny_picture():
 
 def test_erasing_and_mixing_come_after_normalisation(monkeypatch):
     import main_finetune
-    from util.config import FinetuneSettings
 
     settings = FinetuneSettings(reprob=1.0, mixup=0.8, cutmix=1.0)
     prepare = main_finetune.make_prepare(settings, 10, transforms.Normalize((0.5,), (0.5,)), torch.device("cpu"))

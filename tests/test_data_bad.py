@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -49,6 +50,12 @@ def sixteen_bits() -> bytes:
     return encoded(Image.fromarray(np.linspace(0, 65535, 48 * 80).astype(np.uint16).reshape(48, 80)), "PNG")
 
 
+def with_tifffile(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, pixels)
+    return buffer.getvalue()
+
+
 GOOD = {
     "jpeg": rgb(),
     "progressive": rgb(progressive=True),
@@ -57,6 +64,7 @@ GOOD = {
     "a png called.jpg": rgb("PNG"),
     "palette with transparency.png": palette(),
     "16 bit.png": sixteen_bits(),
+    "16 bit.pgm": b"P5 80 48 65535\n" + np.linspace(0, 65535, 48 * 80).astype(">u2").tobytes(),
     "animated.png": with_frames("PNG"),
     "animated.webp": with_frames("WEBP"),
     "animated gif.jpg": with_frames("GIF"),
@@ -83,9 +91,17 @@ BAD = {
     "bomb.jpg": bomb(),
     "bomb.png": encoded(Image.new("1", (14000, 14000)), "PNG"),
     "float.tif": encoded(Image.fromarray(PIXELS[..., 0].astype(np.float32)), "TIFF"),
+    "32 bit.tif": encoded(Image.fromarray(PIXELS[..., 0].astype(np.int32)), "TIFF"),
+    "signed.tif": with_tifffile(PIXELS[..., 0].astype(np.int16)),
 }
 
 
+two_decoders = pytest.mark.skipif(
+    decode.fast_jpeg() is None, reason="no torchcodec that fits this torch: Pillow would be compared with itself"
+)
+
+
+@two_decoders
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("name", GOOD)
 def test_what_can_be_shown_is_shown(name, channels):
@@ -112,9 +128,10 @@ def test_the_picture_is_the_right_one():
     assert np.abs(np.asarray(upright).astype(int) - np.asarray(turned).astype(int)).mean() < 8
     for name in ("animated.png", "animated.webp", "a png called.jpg"):  # the first frame, exactly
         np.testing.assert_array_equal(np.asarray(decode.to_picture(GOOD[name], "RGB")), PIXELS)
-    grey = np.asarray(decode.to_picture(GOOD["16 bit.png"], "L"))
-    assert (grey[0, 0], grey[-1, -1]) == (0, 255)
-    assert len(np.unique(grey)) == 256
+    for name in ("16 bit.png", "16 bit.pgm"):
+        grey = np.asarray(decode.to_picture(GOOD[name], "L"))
+        assert (grey[0, 0], grey[-1, -1]) == (0, 255)
+        assert len(np.unique(grey)) == 256
     clear = np.asarray(decode.to_picture(palette(), "RGBA"))[..., 3]
     assert set(np.unique(clear)) <= set(range(64))
     assert len(np.unique(clear)) > 30
@@ -183,6 +200,37 @@ def test_nothing_but_bad_pictures_is_an_error_with_a_name(tmp_path):
         data[0, 1]
 
 
+@pytest.mark.parametrize(("exact", "loader"), [(False, None), (True, None), (False, "util.loaders:npy")])
+def test_once_too_many_are_bad_blank_pictures_fill_the_batch_and_the_run_ends(tmp_path, exact, loader, capsys):
+    for number in range(4):
+        (tmp_path / f"{number}.{'npy' if loader else 'png'}").write_bytes(b"none")
+    if loader:
+        np.save(tmp_path / "0.npy", np.full((9, 9, 3), 65535, dtype=np.uint16))
+    else:
+        Image.new("RGB", (9, 9), "white").save(tmp_path / "0.png")
+    images = datasets.open_unlabelled("folder", str(tmp_path), 3, loader)
+    transform = transforms.pretrain_transform((16, 16), (0.2, 1.0), 0.5, exact)
+    data = SeededImages(images, transform, max_bad_images=0.3)
+    ((pixels, _), _) = torch.utils.data.default_collate([data[0, index] for index in (3, 2, 0, 1)])
+    assert [crop.max().item() for crop in pixels] == [pixels[0].max().item(), 0, pixels[0].max().item(), 0]
+    assert pixels[0].max() > 0  # the first bad one was replaced
+    with pytest.raises(TooManyBadPictures):
+        data.bad.collect(torch.device("cpu"))
+    assert "3 of 4 pictures cannot be decoded, more than --max_bad_images 0.3 allows" in capsys.readouterr().err
+
+
+def test_all_bad_is_too_many_whatever_is_allowed(capsys):
+    bad = BadPictures(2, 1.0, str)
+    bad.mark(0)
+    assert (bad.collect(torch.device("cpu")), bad.too_many()) == (1, False)
+    bad.mark(1)
+    assert bad.too_many()
+    with pytest.raises(TooManyBadPictures):
+        bad.collect(torch.device("cpu"))
+    assert "error: 2 of 2 pictures cannot be decoded, which is all of them; mend" in capsys.readouterr().err
+
+
+@two_decoders
 def test_damaged_files_never_crash_and_both_decoders_agree():
     """2,000 JPEGs and PNGs with cut ends and changed bytes: decoded alike by both ways, or refused by both."""
     random.seed(0)

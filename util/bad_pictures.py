@@ -36,6 +36,13 @@ class BadPictures:
         """Picture `index` is bad. Called by a worker; marking twice is marking once."""
         self._marked[index] = True
 
+    def too_many(self) -> bool:
+        """True once this process knows of more than the run accepts: its next `collect` ends it."""
+        return self._exceeds(int(self._marked.sum()))
+
+    def _exceeds(self, count: int) -> bool:
+        return count > self.max_share * self.num_images or count == self.num_images
+
     def collect(self, device: torch.device) -> int:
         """Share what is new among all processes, name it on stderr, and count. All processes call it together.
 
@@ -43,7 +50,7 @@ class BadPictures:
             The number of different bad pictures so far, in all processes.
 
         Raises:
-            TooManyBadPictures: they are more than `max_share` of the data set.
+            TooManyBadPictures: they are more than `max_share` of the data set, or all of it.
         """
         new = (self._marked & ~self._said).nonzero().flatten().tolist()
         if dist.all_reduce(torch.tensor(float(len(new)), device=device)).item():
@@ -56,15 +63,18 @@ class BadPictures:
             self._said[new] = True
             self._say(new)
         count = int(self._said.sum())
-        if count > self.max_share * self.num_images:
+        if self._exceeds(count):
             self._stop(count)
         return count
 
     def _stop(self, count: int) -> None:
         if dist.is_main():
+            limit, remedy = f"more than --max_bad_images {self.max_share:g} allows", ", or raise --max_bad_images"
+            if count <= self.max_share * self.num_images:
+                limit, remedy = "which is all of them", ""
             print(
-                f"error: {count} of {self.num_images} pictures cannot be decoded, more than --max_bad_images "
-                f"{self.max_share:g} allows; mend or remove the files named above, or raise --max_bad_images",
+                f"error: {count} of {self.num_images} pictures cannot be decoded, {limit}; "
+                f"mend or remove the files named above{remedy}",
                 file=sys.stderr,
                 flush=True,
             )

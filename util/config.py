@@ -24,7 +24,7 @@ class Settings:
     model: str = option("", "name of the architecture")
     input_size: list[int] = option([], "image side in pixels, or height and width; default: the model's own")
     patch_size: list[int] = option([], "patch side in pixels, or height and width; default: the model's own")
-    in_chans: int = option(3, "channels of the images: 1 grey, 3 RGB, 4 RGBA; others with --loader")
+    in_chans: int = option(3, "channels of the images: 1 grey, 3 RGB, 4 RGBA; others with --loader or wds")
     dataset: str = option("folder", "folder, wds, hfds/NAME, torch/NAME, or digits (built in); see docs/DATA.md")
     data_path: str | None = option(None, "folder with train/<class>/ and val/<class>/; pre-training takes any pictures")
     max_bad_images: float = option(0.001, "share of the pictures that may be undecodable; more stop the run")
@@ -155,9 +155,17 @@ class PretrainSettings(Settings):
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded")
         self._check_minimum(0, "masking_warmup_epochs")
-        if self.exact_resize and self.loader is not None:
-            raise ValueError("--exact_resize: resizes with Pillow, which cannot take the arrays of --loader; drop one")
         self._check_minimum(1, "eval_every", "vis_every")
+        for name in ("exact_resize", "eval_every", "vis_every"):
+            if getattr(self, name) and self.loader is not None:
+                raise ValueError(
+                    f"--{name}: resizes with Pillow, which cannot take the arrays of --loader {self.loader}; drop one"
+                )
+            if getattr(self, name) and self.in_chans not in (1, 3, 4):
+                raise ValueError(
+                    f"--{name}: resizes with Pillow, which takes 1, 3 or 4 channels, not --in_chans {self.in_chans}; "
+                    "drop one"
+                )
         check_crop_scale(self.crop_scale)
 
 
@@ -238,6 +246,8 @@ class FinetuneSettings(SupervisedSettings):
             raise ValueError(f"--cutmix_minmax {self.cutmix_minmax}: give two numbers, smallest and largest side")
         if self.aa and self.in_chans not in (1, 3):
             raise ValueError(f"--in_chans {self.in_chans}: --aa needs 1 or 3 channels; turn it off with --aa null")
+        if self.color_jitter and self.in_chans not in (1, 3):
+            raise ValueError(f"--in_chans {self.in_chans}: --color_jitter needs 1 or 3 channels; leave it out")
         if self.mixes and self.batch_size % 2:
             raise ValueError(f"--batch_size {self.batch_size}: must be even, because mixup and cutmix pair the images")
 

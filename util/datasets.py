@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,9 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.readers.reader_image_folder import find_images_and_targets
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import decode, libraries, seeding, sources, tar_shards
@@ -31,12 +30,14 @@ class ImageSet:
         labels: class of each.
         classes: names of the classes; empty if the labels mean nothing.
         channels: that are wanted.
+        dtype: of the values of every picture that is made a tensor, `uint8` for picture files; None: any.
     """
 
     source: sources.Source
     labels: Sequence[int]
     classes: tuple[str, ...]
     channels: int
+    dtype: np.dtype | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -48,11 +49,22 @@ class ImageSet:
 
     def picture(self, index: int) -> Image.Image:
         """Picture `index` for PIL. OSError names it if it cannot be decoded."""
-        return self.decoded(index, lambda content: decode.to_picture(content, decode.MODES[self.channels]))
+        return self.decoded(index, self.to_picture)
 
     def pixels(self, index: int) -> torch.Tensor:
         """Picture `index` as a tensor (H, W, C), `uint8` or fp32. OSError names it if it cannot be decoded."""
-        return self.decoded(index, lambda content: decode.to_pixels(content, self.channels))
+        return self.decoded(index, self.to_pixels)
+
+    def to_picture(self, content: decode.Content) -> Image.Image:
+        """As `decode.to_picture`, in the wanted channels."""
+        return decode.to_picture(content, decode.MODES[self.channels])
+
+    def to_pixels(self, content: decode.Content) -> torch.Tensor:
+        """As `decode.to_pixels`. ValueError if the values are of another type than `dtype`."""
+        found = decode.dtype_of(content)
+        if self.dtype is not None and found != self.dtype:
+            raise ValueError(f"its values are {found}, those of the first picture {self.dtype}; they must be alike")
+        return decode.to_pixels(content, self.channels)
 
     def decoded(self, index: int, decoder: Callable):
         """What `decoder` makes of the content of picture `index`; an OSError with its name for any error."""
@@ -65,19 +77,22 @@ class ImageSet:
 class SeededImages(Dataset):
     """`dataset[epoch, index]` -> transformed picture and label, random only in (seed, epoch, index).
 
-    A picture that cannot be decoded is replaced by the next good one, with its label, and marked in `bad`.
+    A picture that cannot be decoded is replaced by the next good one, with its label, and marked in `bad`. Once those
+    are too many, a blank picture is handed out instead of searching on: `bad.collect` will end the run.
 
     Args:
         images: the pictures.
         transform: PIL image -> tensor (C, H, W); or, if it has a true attribute `takes_pixels`, of a tensor (H, W, C).
         seed: of the augmentation.
-        max_bad_images: share of the pictures that may be bad.
+        max_bad_images: share of the pictures that may be bad; None where nobody calls `bad.collect`: then only a set
+            without any good picture is an OSError.
     """
 
-    def __init__(self, images: ImageSet, transform: Callable, seed: int = 0, max_bad_images: float = 0.0):
+    def __init__(self, images: ImageSet, transform: Callable, seed: int = 0, max_bad_images: float | None = None):
         self.images, self.transform, self.seed = images, transform, seed
-        self._decode = images.pixels if getattr(transform, "takes_pixels", False) else images.picture
-        self.bad = BadPictures(len(images), max_bad_images, self._describe)
+        self._decoder = images.to_pixels if getattr(transform, "takes_pixels", False) else images.to_picture
+        self._collected = max_bad_images is not None
+        self.bad = BadPictures(len(images), max_bad_images if self._collected else 1.0, self._describe)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -95,21 +110,25 @@ class SeededImages(Dataset):
         """Of picture `index`, for messages."""
         return self.images.source.name(index)
 
-    def _first_good(self, index: int, most: int = 100) -> tuple[int, Image.Image | torch.Tensor]:
-        first = None
-        for candidate in ((index + distance) % len(self) for distance in range(min(most, len(self)))):
-            if candidate in self.bad:
-                continue
-            try:
-                return candidate, self._decode(candidate)
-            except OSError as error:
-                self.bad.mark(candidate)
-                first = first or error
-        raise OSError(f"{first or self._describe(index)}; nor can the {min(most, len(self))} pictures from it on")
+    def _first_good(self, index: int) -> tuple[int, Image.Image | torch.Tensor]:
+        for candidate in ((index + distance) % len(self) for distance in range(len(self))):
+            if candidate not in self.bad:
+                try:
+                    return candidate, self.images.decoded(candidate, self._decoder)
+                except OSError:
+                    self.bad.mark(candidate)
+            if self._collected and self.bad.too_many():
+                return index, self._blank()
+        raise OSError(f"{self._describe(index)}; nor can the {len(self)} pictures from it on")
+
+    def _blank(self) -> Image.Image | torch.Tensor:
+        """A picture that fits into a batch with the others."""
+        array, dtype = np.zeros((8, 8, self.images.channels), dtype=np.uint8), self.images.dtype
+        return self._decoder(array if self._decoder == self.images.to_picture or dtype is None else array.astype(dtype))
 
     def _describe(self, index: int) -> str:
         try:
-            self._decode(index)
+            self.images.decoded(index, self._decoder)
         except OSError as error:
             return str(error)
         return f"{self.images.source.name(index)}: could not be decoded, but now it can"
@@ -135,34 +154,37 @@ def open_unlabelled(name: str, data_path: str | None, in_chans: int, loader: str
     root = root / "train" if (root / "train").is_dir() else root
     if loader is not None:
         return _with_loader(root, loader, in_chans)
-    found, _ = find_images_and_targets(str(root), types=IMG_EXTENSIONS)
-    if not found:
+    paths = sources.find_files(root, IMG_EXTENSIONS)
+    if not paths:
         raise ValueError(
             f"--data_path {data_path}: no picture below it; any folder of pictures will do, nested or flat"
         )
-    return ImageSet(sources.Files(path for path, _ in found), np.zeros(len(found), dtype=np.int64), (), in_chans)
+    return ImageSet(sources.Files(paths), np.zeros(len(paths), dtype=np.int64), (), in_chans)
 
 
 def open_labelled(name: str, data_path: str | None, split: str, in_chans: int) -> ImageSet:
-    """Pictures with classes; of a folder `data_path`/{train,val}/<class>/<picture>.
+    """Pictures with classes; of a folder `data_path`/{train,val}/<class>/<picture>. A class may have no picture.
 
     Raises:
         ValueError: unknown data set, nothing at `data_path`, or a picture without a class.
     """
     check(name, in_chans, None)
+    if in_chans not in decode.MODES:
+        raise ValueError(f"--in_chans {in_chans}: training with classes takes 1 (grey), 3 (RGB) or 4 (RGBA) channels")
     if name.startswith("wds/"):
         raise ValueError(f"--dataset {name}: a pattern is for pre-training; name the shards train-*.tar and val-*.tar")
     if name != "folder":
         return _with_classes(_open(name, data_path, split, in_chans))
     root = _folder(data_path) / split
-    try:
-        folder = ImageFolder(str(root))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    folders = root.iterdir() if root.is_dir() else ()
+    classes = tuple(sorted(place.name for place in folders if place.is_dir() and not place.name.startswith(".")))
+    paths = [sources.find_files(root / name, IMG_EXTENSIONS) for name in classes]
+    labels = np.repeat(np.arange(len(classes)), [len(found) for found in paths])
+    if not len(labels):
         raise ValueError(
-            f"--data_path {data_path}: expected {root}/<class>/<picture>, and folders train and val ({error})"
-        ) from error
-    paths = sources.Files(path for path, _ in folder.samples)
-    return ImageSet(paths, np.array(folder.targets), tuple(folder.classes), in_chans)
+            f"--data_path {data_path}: no picture in {root}/<class>/<picture>; expected folders train and val"
+        )
+    return ImageSet(sources.Files(itertools.chain.from_iterable(paths)), labels, classes, in_chans)
 
 
 def check(name: str, in_chans: int, loader: str | None) -> None:
@@ -175,9 +197,10 @@ def check(name: str, in_chans: int, loader: str | None) -> None:
         raise ValueError("--dataset torch: name one of torchvision's, such as torch/cifar10")
     if loader is not None and name != "folder":
         raise ValueError(f"--loader {loader}: reads files, so it needs --dataset folder, not {name}")
-    if loader is None and in_chans not in decode.MODES:
+    if loader is None and in_chans not in decode.MODES and kind != "wds":
         raise ValueError(
-            f"--in_chans {in_chans}: pictures have 1 (grey), 3 (RGB) or 4 (RGBA) channels; others need a --loader"
+            f"--in_chans {in_chans}: pictures have 1 (grey), 3 (RGB) or 4 (RGBA) channels; others need a --loader, "
+            "or arrays in tar shards"
         )
 
 
@@ -188,7 +211,8 @@ def _open(name: str, data_path: str | None, split: str, in_chans: int) -> ImageS
     if kind == "wds":
         root = _folder(data_path)
         shards = tar_shards.TarShards(tar_shards.find_shards(root, rest, split))
-        return ImageSet(shards, shards.labels, tuple(tar_shards.read_info(root).get("classes", ())), in_chans)
+        classes = tuple(tar_shards.read_info(root).get("classes", ()))
+        return _all_like_the_first(ImageSet(shards, shards.labels, classes, in_chans))[0]
     opener = libraries.open_torchvision if kind == "torch" else libraries.open_hugging_face
     source, labels, classes = opener(name, data_path, split)
     if not len(source):
@@ -202,6 +226,12 @@ def _with_classes(images: ImageSet) -> ImageSet:
         raise ValueError(
             f"{images.source.name(missing[0])}: this picture has no class; training with classes needs one for each"
         )
+    beyond = np.flatnonzero(np.asarray(images.labels) >= len(images.classes)) if images.classes else ()
+    if len(beyond):
+        raise ValueError(
+            f"{images.source.name(beyond[0])}: its class is {images.labels[beyond[0]]}, but only {len(images.classes)} "
+            "classes have names, counted from 0; mend the label, or the list of the names"
+        )
     if images.classes:
         return images
     return replace(images, classes=tuple(str(number) for number in range(int(max(images.labels)) + 1)))
@@ -210,16 +240,29 @@ def _with_classes(images: ImageSet) -> ImageSet:
 def _with_loader(root: Path, loader: str, in_chans: int) -> ImageSet:
     function = sources.import_loader(loader)
     endings = tuple(getattr(function, "extensions", ("",)))
-    files = (path for path in root.rglob("*") if path.is_file() and not path.name.startswith("."))
-    paths = sorted(str(path) for path in files if path.name.lower().endswith(endings))
+    paths = sources.find_files(root, endings)
     if not paths:
         raise ValueError(f"--data_path {root}: no file {' or '.join(endings)} below it for --loader {loader}")
-    images = ImageSet(sources.Files(paths, function), np.zeros(len(paths), dtype=np.int64), (), in_chans)
-    try:
-        images.pixels(0)
-    except OSError as error:
+    files = sources.Files(paths, function)
+    images, error = _all_like_the_first(ImageSet(files, np.zeros(len(paths), dtype=np.int64), (), in_chans))
+    if images.dtype is None:
         raise ValueError(f"--loader {loader}: {error}") from error
     return images
+
+
+def _all_like_the_first(images: ImageSet, most: int = 1000) -> tuple[ImageSet, OSError | None]:
+    """The same pictures, held to the type of the first good one of them, and what is wrong with a bad one before it.
+
+    Mixed types cannot make a batch, or would be normalised wrongly.
+    """
+    first = None
+    for index in range(min(most, len(images))):
+        try:
+            images.pixels(index)
+            return replace(images, dtype=decode.dtype_of(images.source.read(index))), first
+        except OSError as error:
+            first = first or error
+    return images, first
 
 
 def _folder(data_path: str | None) -> Path:

@@ -22,6 +22,9 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 def to_picture(content: Content, mode: str) -> Image.Image:
     """A PIL image in `mode`: the first frame, turned as EXIF says, 16-bit grey scaled to 8 bits, no alpha blended.
 
+    RGBA comes under the name CMYK, with the bands R, G, B, A: Pillow's resizing multiplies the colours of a picture
+    that is called RGBA by its alpha, and so loses them where that is 0.
+
     Raises:
         Exception: of any type, if it cannot be decoded; libraries raise many.
     """
@@ -32,12 +35,12 @@ def to_picture(content: Content, mode: str) -> Image.Image:
 def with_pillow(content: Content, mode: str) -> Image.Image:
     """The same by Pillow alone, which is slower for JPEGs, and the judge of what can be decoded."""
     if isinstance(content, np.ndarray):
-        return _eight_bits(Image.fromarray(_grey_as_2d(content))).convert(mode)
+        return _independent(_eight_bits(Image.fromarray(_grey_as_2d(content))).convert(mode))
     with Image.open(io.BytesIO(content)) as image:
         image.load()
         shown = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else _eight_bits(image)
         ImageOps.exif_transpose(shown, in_place=True)
-        return shown.convert(mode) if shown.mode != mode else shown
+        return _independent(shown.convert(mode) if shown.mode != mode else shown)
 
 
 def to_pixels(content: Content, channels: int) -> torch.Tensor:
@@ -45,8 +48,12 @@ def to_pixels(content: Content, channels: int) -> torch.Tensor:
 
     Arrays keep their channels, which must be as many as `channels`. `uint16` becomes 0..1, floats stay what they are.
     """
-    if isinstance(content, np.ndarray) and not (content.dtype == np.uint8 and _grey_as_2d(content).ndim == 2):
+    if isinstance(content, np.ndarray) and (
+        channels not in MODES or content.dtype != np.uint8 or _grey_as_2d(content).ndim != 2
+    ):
         return _from_array(content, channels)
+    if channels not in MODES:
+        raise ValueError(f"a picture file, which cannot have {channels} channels; see --in_chans")
     pixels = _plain_jpeg(content) if channels == 3 else None
     if pixels is None:
         pixels = torch.from_numpy(np.array(with_pillow(content, MODES[channels])))
@@ -84,6 +91,15 @@ def _grey_as_2d(array: np.ndarray) -> np.ndarray:
     return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
 
 
+def dtype_of(content: Content) -> np.dtype:
+    """The type of a content's values, in the byte order of this machine; picture files are decoded to `uint8`."""
+    return content.dtype.newbyteorder("=") if isinstance(content, np.ndarray) else np.dtype(np.uint8)
+
+
+def _independent(image: Image.Image) -> Image.Image:
+    return Image.frombytes("CMYK", image.size, image.tobytes()) if image.mode == "RGBA" else image
+
+
 def _from_array(array: np.ndarray, channels: int) -> torch.Tensor:
     if array.ndim == 2:
         array = array[..., None]
@@ -91,7 +107,7 @@ def _from_array(array: np.ndarray, channels: int) -> torch.Tensor:
         raise ValueError(f"its shape is {array.shape}, not (height, width, {channels}); see --in_chans")
     if array.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(array))
-    scale = 65535 if array.dtype == np.uint16 else 1
+    scale = 65535 if dtype_of(array) == np.uint16 else 1
     pixels = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
     if not pixels.isfinite().all():
         raise ValueError("some of its values are not finite")
@@ -99,9 +115,14 @@ def _from_array(array: np.ndarray, channels: int) -> torch.Tensor:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8-bit grey; Pillow's own conversion would cut everything above 255. ValueError for floats."""
+    """16-bit grey to 8-bit grey; Pillow's own conversion would cut everything above 255.
+
+    ValueError for floats and 32 bits. Pillow gives 16 bits of PNG and PGM as 32, but also signed 16 bits of TIFF.
+    """
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; read it with a --loader")
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise ValueError("its pixels are signed or 32-bit numbers of unknown range; read it with a --loader")
     if not image.mode.startswith("I"):
         return image
     scaled = Image.fromarray(np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255).astype(np.uint8))

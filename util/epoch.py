@@ -66,7 +66,7 @@ class EpochLoop:
         total, window, clock, window_images = Averages(self.device), Averages(self.device), Stopwatch(), 0
         data_wait, suspects = DataWait(self.device), []
         total.load(self.start_averages)
-        start, self.start_step, self.start_averages = self.start_step, 0, {}
+        start, self.start_step, self.start_averages, reported = self.start_step, 0, {}, False
         steps, num_steps = self.loader.steps(epoch, start), len(self.loader)
         for step in range(start, num_steps):
             micro_batches, interrupted = self._fetch(steps, data_wait)
@@ -84,7 +84,8 @@ class EpochLoop:
                 values["images_per_s"] = clock.rate(window_images * dist.world_size())
                 window.clear()
                 window_images = 0
-                self._report(values | self._data(data_wait, total), epoch, step + 1)
+                self._report(values | self._data(data_wait, total, reported), epoch, step + 1)
+                reported = True
                 if update.most_skipped_in_a_row > self.max_skipped_steps:
                     self._give_up(epoch, step + 1, total, update, suspects)
                 suspects.clear()
@@ -104,12 +105,15 @@ class EpochLoop:
         window.add("grad_norm", outcome.norm, 1 - outcome.skipped.double())
         window.add("skipped_steps", outcome.skipped)
 
-    def _data(self, data_wait: DataWait, total: Averages) -> dict[str, float]:
-        """What is to be said of the data since the last line. Processes must call it together."""
+    def _data(self, data_wait: DataWait, total: Averages, advise: bool) -> dict[str, float]:
+        """What is to be said of the data since the last line. Processes must call it together.
+
+        No advice for an epoch's first line: its step waited for the workers to start or to fill up again.
+        """
         waited, seconds = data_wait.read()
         total.add("data_wait", waited, seconds)
         share = waited / seconds
-        if share > 0.25 and self.log is not None:
+        if advise and share > 0.25 and self.log is not None:
             self.log.say_once(self.loader.advice(share))
         return {"data_wait": share} | self._bad_images()
 

@@ -1,4 +1,4 @@
-"""Data sets of other libraries, opened by timm: `torch/...` (torchvision), `hfds/...` (Hugging Face datasets)."""
+"""Data sets of other libraries: `torch/...` (torchvision, opened by timm), `hfds/...` (Hugging Face datasets)."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ def open_torchvision(name: str, data_path: str | None, split: str) -> Opened:
             f"--dataset {name}: torchvision does not open it from --data_path {data_path} ({_sentence(error)}); "
             "its classes take download=True"
         ) from error
-    if hasattr(data, "samples"):
-        paths, labels = zip(*data.samples, strict=True)
+    samples = getattr(data, "samples", None) or getattr(data, "imgs", None)
+    if samples:
+        paths, labels = zip(*samples, strict=True)
         source: Source = Files(paths)
     elif hasattr(data, "data"):
         source, labels = Arrays(np.asarray(data.data), f"{title} {split}"), np.asarray(data.targets).tolist()
     else:
         raise ValueError(f"--dataset {name}: torchvision keeps it neither as files nor as an array")
+    if np.ndim(labels) != 1:
+        raise ValueError(
+            f"--dataset {name}: has {np.shape(labels)[1]} labels for each picture, not one class; take another data set"
+        )
     classes = [entry if isinstance(entry, str) else entry[0] for entry in getattr(data, "classes", ())]
     return source, np.asarray(labels, dtype=np.int64), tuple(classes)
 
@@ -79,27 +84,31 @@ def open_hugging_face(name: str, data_path: str | None, split: str) -> Opened:
         raise ValueError(f"--dataset {name}: {place} has no split to take for {split} ({problems[0]})")
     key = next((key for key in ("image", "img", "jpg", "png") if key in data.column_names), None)
     if key is None:
-        raise ValueError(f"--dataset {name}: no column named image in {place}, only {data.column_names}")
+        raise ValueError(
+            f"--dataset {name}: no column named image, img, jpg or png in {place}, only {data.column_names}; rename it"
+        )
     data = data.cast_column(key, datasets.Image(decode=False))
     label = next((label for label in ("label", "labels", "fine_label", "cls") if label in data.column_names), None)
-    labels = np.asarray(data[label][:], dtype=np.int64) if label else np.full(len(data), -1)
+    values = data[label][:] if label else [None] * len(data)
+    labels = np.array([value if isinstance(value, int) else -1 for value in values], dtype=np.int64)
     names = getattr(data.features[label], "names", None) if label else None
     return _Rows(data, key, f"{place} {part}"), labels, tuple(names or ())
 
 
 def _load_split(datasets, place: str, cache: str | None, split: str):
-    """The split as a table. Folders that save_to_disk wrote are not for load_dataset, which timm calls."""
+    """The split as a table of plain values. Folders that save_to_disk wrote are not for load_dataset.
+
+    timm is not asked: where its column is missing, it adds one without pictures.
+    """
     if (Path(place) / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(place)[split]
-    if (Path(place) / "state.json").is_file():
-        return datasets.load_from_disk(place)
-    for key in ("image", "img", "jpg", "png"):
-        try:
-            return create_dataset(f"hfds/{place}", root=cache, split=split, input_key=key).reader.dataset
-        except ValueError as error:
-            if "column" not in str(error).lower():
-                raise
-    raise ValueError("no column named image")
+        data = datasets.load_from_disk(place)[split]
+    elif (Path(place) / "state.json").is_file():
+        if split != "train":
+            raise ValueError("it is a single data set, which is the split train; save a DatasetDict with more")
+        data = datasets.load_from_disk(place)
+    else:
+        data = datasets.load_dataset(place, split=split, cache_dir=cache)
+    return data.with_format(None)
 
 
 def _sentence(error: Exception) -> str:

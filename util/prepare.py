@@ -43,7 +43,10 @@ def resized(
     if pixels:
         return np.asarray(picture).reshape(picture.height, picture.width, channels)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG") if mode == "RGBA" else picture.save(buffer, "JPEG", quality=quality)
+    if mode == "RGBA":
+        Image.frombytes("RGBA", picture.size, picture.tobytes()).save(buffer, "PNG")  # see decode.to_picture
+    else:
+        picture.save(buffer, "JPEG", quality=quality)
     assert decode.to_picture(buffer.getvalue(), mode).size == picture.size
     return buffer.getvalue()
 

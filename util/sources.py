@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -101,6 +102,24 @@ class Arrays:
         return f"{self.title}, picture {index}"
 
 
+def find_files(root: Path, endings: Iterable[str]) -> list[str]:
+    """The files below `root` with these endings, sorted by path.
+
+    Links are followed, but no folder is entered twice; what is hidden is skipped, such as macOS's `._a.jpg`.
+    """
+    found, seen = [], set()
+    for place, folders, names in os.walk(root, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        names = (name for name in names if not name.startswith(".") and name.lower().endswith(tuple(endings)))
+        found += [os.path.join(place, name) for name in names]
+    return sorted(found)
+
+
 def import_loader(name: str) -> Callable[[str], np.ndarray]:
     """The function `package.module:function`. ValueError if there is none."""
     module, colon, function = name.partition(":")
@@ -108,5 +127,5 @@ def import_loader(name: str) -> Callable[[str], np.ndarray]:
         raise ValueError(f"--loader {name}: write package.module:function, such as util.loaders:npy")
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"--loader {name}: cannot be imported ({error})") from error
+    except Exception as error:  # the module may raise anything
+        raise ValueError(f"--loader {name}: cannot be imported ({type(error).__name__}: {error})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -72,13 +73,15 @@ def channel_statistics(
     """Mean and deviation of each channel: the given ones, else ImageNet's for RGB, else 0.5.
 
     Raises:
-        ValueError: not one number per channel, or a deviation that is not positive.
+        ValueError: not one finite number per channel, or a deviation that is not positive.
     """
     defaults = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD) if in_chans == 3 else ((0.5,) * in_chans,) * 2
     chosen = []
     for name, given, default in zip(("mean", "std"), (mean, std), defaults, strict=True):
         if given and len(given) != in_chans:
             raise ValueError(f"--{name} {given}: give one number for each of the {in_chans} channels")
+        if given and not all(map(math.isfinite, given)):
+            raise ValueError(f"--{name} {given}: every number must be finite")
         chosen.append(tuple(given) if given else tuple(default))
     if min(chosen[1]) <= 0:
         raise ValueError(f"--std {std}: a deviation must be above 0")

@@ -1,0 +1,107 @@
+"""Data sets of other libraries: columns, splits and labels as they were written, or a sentence that says why not."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import data_files
+import numpy as np
+import pytest
+from helpers import write_pictures
+from torchvision.datasets import Places365
+
+from util import datasets
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    return data_files.jpegs(write_pictures(tmp_path_factory.mktemp("pictures"), per_class=3))
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def table(samples, column="image", **labels):
+    """A Hugging Face table of the pictures, in a column of this name."""
+    import datasets as hugging_face
+
+    rows = {column: [{"bytes": data, "path": None} for data, _ in samples]} | labels
+    return hugging_face.Dataset.from_dict(rows).cast_column(column, hugging_face.Image(decode=False))
+
+
+def parquet(folder, **splits):
+    folder.mkdir()
+    for name, rows in splits.items():
+        rows.to_parquet(str(folder / f"{name}-00000-of-00001.parquet"))
+    return f"hfds/{folder}", str(folder.parent / "cache")
+
+
+@pytest.mark.parametrize("column", ["image", "img", "jpg", "png"])
+def test_the_column_of_the_pictures(samples, tmp_path, column):
+    name, cache = parquet(tmp_path / "rows", train=table(samples, column, label=[label for _, label in samples]))
+    images = datasets.open_labelled(name, cache, "train", 3)
+    assert [images.source.read(index) for index in range(6)] == [data for data, _ in samples]
+    assert list(images.labels) == [0, 0, 0, 1, 1, 1]
+
+
+def test_without_such_a_column_the_columns_are_named(samples, tmp_path):
+    name, cache = parquet(tmp_path / "rows", train=table(samples, "photo"))
+    with pytest.raises(ValueError, match=r"no column named image, img, jpg or png in .*, only \['photo'\]"):
+        datasets.open_unlabelled(name, cache, 3)
+
+
+def test_a_single_saved_table_is_no_validation_set(samples, tmp_path):
+    table(samples, label=[0] * 6).save_to_disk(str(tmp_path / "saved"))
+    assert len(datasets.open_labelled("hfds", str(tmp_path / "saved"), "train", 3)) == 6
+    with pytest.raises(ValueError, match=r"has no split to take for val .it is a single data set, which is the split"):
+        datasets.open_labelled("hfds", str(tmp_path / "saved"), "val", 3)
+
+
+def test_a_table_saved_for_another_library_is_read_alike(samples, tmp_path):
+    rows = table(samples, label=[label for _, label in samples]).with_format("numpy")
+    rows.save_to_disk(str(tmp_path / "saved"))
+    images = datasets.open_labelled("hfds", str(tmp_path / "saved"), "train", 3)
+    assert list(images.labels) == [0, 0, 0, 1, 1, 1]
+    assert images.source.read(3) == samples[3][0]
+
+
+@pytest.mark.parametrize("values", [["a", "b"] * 3, [0, None] * 3, [[0, 1]] * 6, [0.5] * 6], ids=str)
+def test_labels_that_are_no_class_numbers_do_not_keep_from_pretraining(samples, tmp_path, values):
+    name, cache = parquet(tmp_path / "rows", train=table(samples, label=values))
+    images = datasets.open_unlabelled(name, cache, 3)
+    assert list(images.labels) == [value if isinstance(value, int) else -1 for value in values]
+    with pytest.raises(ValueError, match=r"train, row [01]: this picture has no class"):
+        datasets.open_labelled(name, cache, "train", 3)
+
+
+def test_places365_is_a_list_of_files(samples, tmp_path, monkeypatch):
+    lists = {"_CATEGORIES_META": ("categories.txt", "/a/abbey 0\n/b/barn 1\n"), "train": ("train.txt", "")}
+    for number, (data, label) in enumerate(samples):
+        path = tmp_path / "data_large_standard" / "ab"[label] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        lists["train"] = ("train.txt", lists["train"][1] + f"/{'ab'[label]}/{number}.jpg {label}\n")
+    known = {}  # torchvision compares with the checksums of the published lists
+    for kind, (name, text) in lists.items():
+        (tmp_path / name).write_text(text)
+        known[kind] = (name, hashlib.md5(text.encode()).hexdigest())
+    monkeypatch.setattr(Places365, "_CATEGORIES_META", known["_CATEGORIES_META"])
+    monkeypatch.setitem(Places365._FILE_LIST_META, "train-standard", known["train"])
+    images = datasets.open_labelled("torch/places365", str(tmp_path), "train", 3)
+    assert images.classes == ("/a/abbey", "/b/barn")
+    assert list(images.labels) == [label for _, label in samples]
+    assert [images.source.read(index) for index in range(6)] == [data for data, _ in samples]
+
+
+def test_several_labels_for_each_picture_are_refused(tmp_path):
+    raw = tmp_path / "QMNIST" / "raw"
+    raw.mkdir(parents=True)
+    pictures = np.zeros((5, 28, 28), dtype=np.uint8)
+    (raw / "qmnist-train-images-idx3-ubyte").write_bytes(struct.pack(">4i", 2051, 5, 28, 28) + pictures.tobytes())
+    labels = np.zeros((5, 8), dtype=">i4")
+    (raw / "qmnist-train-labels-idx2-int").write_bytes(struct.pack(">3i", 3074, 5, 8) + labels.tobytes())
+    with pytest.raises(ValueError, match="torch/qmnist: has 8 labels for each picture, not one class"):
+        datasets.open_unlabelled("torch/qmnist", str(tmp_path), 1)
