@@ -121,6 +121,7 @@ def settings_of(content: dict, state: dict, path: str | Path, changes: dict) -> 
     grid = content.get("grid") or [round((state["pos_embed"].shape[1] - 1) ** 0.5)] * 2
     args["input_size"] = [side * step for side, step in zip(grid, patch, strict=True)]
     args.setdefault("model", guess_model(state, path) if "model" not in changes else changes["model"])
+    args |= {"accum_iter": None, "effective_batch_size": None}  # of the training's number of processes
     settings = PretrainSettings(**(args | changes))
     settings.check()
     return settings

@@ -12,6 +12,7 @@ from helpers import ROOT, write_pictures
 
 import inspection
 import main_pretrain
+import models_mae
 import models_vit
 from util import checkpoint, datasets
 from util.config import PretrainSettings
@@ -158,3 +159,9 @@ def test_the_cache_of_tokens_has_a_limit(monkeypatch):
     with pytest.raises(ValueError, match="lower --train_images"):
         inspection.measure(opened, ("attentive",))
     assert len(datasets.open_labelled("digits", None, "val", 1)) == 359
+
+
+def test_the_training_s_number_of_processes_does_not_matter_to_who_looks():
+    state = models_mae.create_model("mae_vit_mini_patch4", in_chans=1).state_dict()
+    args = {"model": "mae_vit_mini_patch4", "batch_size": 12, "accum_iter": 2, "effective_batch_size": 48}
+    assert inspection.settings_of({"args": args}, state, "x.pth", {}).model == "mae_vit_mini_patch4"

@@ -75,7 +75,7 @@ class EpochLoop:
             lr = self.learning_rate(epoch + step / num_steps)
             lr_sched.set_learning_rate(self.optimizer, lr)
             outcome = train_step(micro_batches, window)
-            suspects.append((micro_batches, outcome.loss))
+            suspects.append(([i for batch in micro_batches for i in batch.indices], outcome.loss))  # not the pictures
             self._count(window, lr, outcome)
             window_images += outcome.images
             if step % self.print_freq == 0 or step == num_steps - 1:
@@ -131,7 +131,7 @@ class EpochLoop:
     def _give_up(self, epoch: int, step: int, total: Averages, update: GradientStep, suspects: list) -> NoReturn:
         """Too many steps in a row were skipped: save the weights, which they left alone, and say whose loss."""
         self.save_now(epoch, step, total)
-        indices = [i for batches, loss in suspects if not loss.isfinite() for b in batches for i in b.indices]
+        indices = [i for found, loss in suspects if not loss.isfinite() for i in found]
         names = ", ".join(map(self.loader.dataset.name, indices[:16])) + (", ..." if len(indices) > 16 else "")
         where = f"the loss of rank {dist.rank()} was not finite on {names}" if indices else ""
         if dist.is_main():

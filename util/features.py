@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from util import control
+
 POOLS = ("mean", "cls", "tokens")
 
 
@@ -25,7 +27,8 @@ class _InOrder(Dataset):
 def in_order(dataset: Dataset, batch_size: int = 256, num_workers: int = 0) -> DataLoader:
     """Batches of `dataset[0, index]`, all indices in order. Draws no random number."""
     own = torch.Generator()  # the loader would draw its workers' seed from the global one
-    return DataLoader(_InOrder(dataset), batch_size=batch_size, num_workers=num_workers, generator=own)
+    workers = {"num_workers": num_workers, "worker_init_fn": control.worker_signals()}
+    return DataLoader(_InOrder(dataset), batch_size=batch_size, generator=own, **workers)
 
 
 @torch.no_grad()
