@@ -72,8 +72,9 @@ def train(job: run.Run, inputs: Inputs) -> None:
         bare.set_masking(masking.create("random", mask_ratio=settings.mask_ratio) if warming_up else inputs.strategy)
         stats = engine_pretrain.train_one_epoch(model, loop, update, epoch, prepare=prepare, amp=job.amp)
         line = {f"train_{name}": value for name, value in stats.items()}
-        if watcher is not None:
-            line |= watcher.look(bare, epoch, (epoch + 1) * len(loader))
+        if monitor.due(settings, epoch):
+            found = job.look(epoch, loop.averages, lambda epoch=epoch: watcher.look(bare, epoch))
+            line |= watcher.report(found, (epoch + 1) * len(loader)) if watcher is not None else {}
         job.log.epoch(line | {"epoch": epoch})
         job.save_epoch(epoch)
     if settings.epochs == 0 and job.start_epoch == 0:

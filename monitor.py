@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -36,10 +37,12 @@ class ImageSets:
     Attributes:
         train: for k-NN; None without labels.
         val: whose features, salience and pictures are looked at: validation images where there are some.
+        without_labels: why there are none, in a sentence.
     """
 
     train: datasets.SeededImages | None
     val: datasets.SeededImages
+    without_labels: str = ""
 
 
 def open_sets(settings: PretrainSettings, size: tuple[int, int], train_images: int, val_images: int) -> ImageSets:
@@ -50,24 +53,42 @@ def open_sets(settings: PretrainSettings, size: tuple[int, int], train_images: i
     def subset(images: datasets.ImageSet, most: int) -> datasets.SeededImages:
         chosen = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)
         source = sources.Chosen(images.source, chosen.tolist())
-        return datasets.SeededImages(
-            dataclasses.replace(images, source=source, labels=images.labels[chosen]), transform
-        )
+        images = dataclasses.replace(images, source=source, labels=images.labels[chosen])
+        return datasets.SeededImages(images, transform, max_bad_images=1.0)  # who looks names them
 
     try:
         train = datasets.open_labelled(name, path, "train", channels)
         val = datasets.open_labelled(name, path, "val", channels)
+        extra = sorted(set(val.classes) - set(train.classes))
+        if extra:
+            raise ValueError(f"--data_path {path}: classes of val/ that train/ has not: {extra[:5]}")
         val = val if val.classes == train.classes else val.relabelled(train.classes)
-    except ValueError:  # no class folders, or others in val/ than in train/
-        return ImageSets(None, subset(datasets.open_unlabelled(name, path, channels), val_images))
+    except ValueError as error:
+        unlabelled = datasets.open_unlabelled(name, path, channels)
+        return ImageSets(None, subset(unlabelled, val_images), str(error))
     return ImageSets(subset(train, train_images), subset(val, val_images))
+
+
+@dataclass
+class Look:
+    """What a look at a model found; only what was due.
+
+    Attributes:
+        values: numbers by name.
+        mask_ratios: (n,), of the images.
+        picture: of some images.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    mask_ratios: torch.Tensor | None = None
+    picture: Figure | None = None
 
 
 @dataclass
 class Monitor:
     """Looks at a model between epochs, on the first process only, and leaves no trace in the training.
 
-    The other processes go on and wait for the first at their next exchange.
+    The other processes wait for it.
 
     Attributes:
         settings: of the run.
@@ -86,29 +107,41 @@ class Monitor:
 
     def __post_init__(self):
         self._sets = open_sets(self.settings, self.size, TRAIN_IMAGES, VAL_IMAGES)
+        self._named: set[str] = set()
+        if self._sets.train is None and self.settings.eval_every:
+            self.log.say(f"no k-NN accuracy of the monitors: {self._sets.without_labels}")
 
-    def look(self, model: nn.Module, epoch: int, step: int) -> dict:
-        """What is due after `epoch`: numbers for log.txt, and pictures and numbers for TensorBoard."""
-        line = {}
+    def look(self, model: nn.Module, epoch: int) -> Look:
+        """Find what is due after `epoch`. Writes nothing, so that it can be broken off at any moment."""
+        found = Look()
         with undisturbed(model):
             if is_due(self.settings.eval_every, epoch, self.settings.epochs):
-                line = self.evaluate(model, step)
+                found = self.evaluate(model)
             if is_due(self.settings.vis_every, epoch, self.settings.epochs):
-                self.log.figure("monitor/masks", self.picture(model), step)
+                found.picture = self.picture(model)
+        return found
+
+    def report(self, found: Look, step: int) -> dict:
+        """Pictures and numbers for TensorBoard; the numbers as `monitor_*` for log.txt. Bad pictures go to stderr."""
+        self.log.scalars({f"monitor/{name}": value for name, value in found.values.items()}, step)
+        if found.picture is not None:
+            self.log.figure("monitor/masks", found.picture, step)
+        line = {f"monitor_{name}": value for name, value in found.values.items()}
+        if found.mask_ratios is not None:
+            self.log.histogram("monitor/mask_ratio", found.mask_ratios, step)
+            line |= {"monitor_mask_ratio_histogram": ratio_histogram(found.mask_ratios)}
+            line |= {"monitor_bad_images": self._name_bad()}
         return line
 
-    def evaluate(self, model: nn.Module, step: int) -> dict:
-        """k-NN accuracy where there are labels, RankMe, salience; `monitor_*` for log.txt."""
+    def evaluate(self, model: nn.Module) -> Look:
+        """k-NN accuracy where there are labels, RankMe, salience."""
         val = self._features(model, self._sets.val)
         values = {"rank_me": features.rank_me(val[0])}
         if self._sets.train is not None:
             values["knn"] = features.knn_accuracy(self._features(model, self._sets.train), val)
         found = salience_of_set(model, self._sets.val, self.normalize, self.strategy, self.settings.num_workers)
-        values |= {name: ratios.mean().item() for name, ratios in found.items()}
-        self.log.scalars({f"monitor/{name}": value for name, value in values.items()}, step)
-        self.log.histogram("monitor/mask_ratio", found["mask_ratio"], step)
-        histogram = {"mask_ratio_histogram": ratio_histogram(found["mask_ratio"])}
-        return {f"monitor_{name}": value for name, value in (values | histogram).items()}
+        values |= {name: numbers.mean().item() for name, numbers in found.items()}
+        return Look(values, found["mask_ratio"])
 
     def picture(self, model: nn.Module) -> Figure:
         """The fixed images as the model sees them now."""
@@ -116,8 +149,25 @@ class Monitor:
         count = min(SHOWN_IMAGES, len(images))
         pixels = torch.stack([images[0, index * len(images) // count][0] for index in range(count)])
         strategies = views.standard_strategies(self.settings, self.strategy, model.num_patches)
-        rebuilt = views.own_name(self.settings)
-        return visualize.draw(views.columns(model, pixels, self.normalize, strategies, rebuilt=rebuilt))
+        rebuilt, temperature = views.own_name(self.settings), views.temperature_of(self.strategy)
+        return visualize.draw(
+            views.columns(model, pixels, self.normalize, strategies, rebuilt=rebuilt, temperature=temperature)
+        )
+
+    def _name_bad(self) -> int:
+        """How many of the looked at pictures cannot be decoded; new ones are named on stderr.
+
+        `BadPictures.collect` would wait for the other processes, which do not look.
+        """
+        count = 0
+        for images in (self._sets.val, self._sets.train):
+            bad = [index for index in range(len(images)) if index in images.bad] if images is not None else []
+            count += len(bad)
+            for index in bad:
+                if images.name(index) not in self._named:
+                    self._named.add(images.name(index))
+                    print(f"bad picture: {images.bad.describe(index)}; the monitors see the next one", file=sys.stderr)
+        return count
 
     def _features(self, model: nn.Module, images: datasets.SeededImages) -> tuple[torch.Tensor, torch.Tensor]:
         return features.extract_features(model, images, self.normalize, num_workers=self.settings.num_workers)
@@ -137,6 +187,11 @@ def salience_of_set(
         for name, values in batch.items():
             found.setdefault(name, []).append(values.cpu())
     return {name: torch.cat(values) for name, values in found.items()}
+
+
+def due(settings: PretrainSettings, epoch: int) -> bool:
+    """True if there is something to look at after `epoch`."""
+    return any(is_due(every, epoch, settings.epochs) for every in (settings.eval_every, settings.vis_every))
 
 
 def is_due(every: int | None, epoch: int, epochs: int) -> bool:

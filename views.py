@@ -13,18 +13,24 @@ from util.config import PretrainSettings
 
 
 def standard_strategies(settings: PretrainSettings, own: masking.base.Strategy, num_patches: int) -> dict:
-    """The three strategies at the run's mask ratio; `own` replaces its namesake, or is added as "own"."""
+    """The three strategies at the run's mask ratio and temperature; `own` replaces its namesake, or comes as "own"."""
     ratio = settings.mask_ratio
     # All of AMR's ratios must leave at least one token and remove one.
     width = max(0.0, round(min(0.15, ratio - 1 / num_patches, 0.99 - ratio), 6))
-    found = {name: masking.create(name, mask_ratio=ratio) for name in ("random", "sbam")}
-    found["sbam_amr"] = masking.create("sbam_amr", mask_ratio=ratio, delta_r=width)
+    shared = {"mask_ratio": ratio, "temperature": temperature_of(own)}
+    found = {"random": masking.create("random", mask_ratio=ratio), "sbam": masking.create("sbam", **shared)}
+    found["sbam_amr"] = masking.create("sbam_amr", **shared, delta_r=width)
     return found | {own_name(settings): own}
 
 
 def own_name(settings: PretrainSettings) -> str:
     """The run's strategy among `standard_strategies`."""
     return settings.masking if settings.masking in masking.available() else "own"
+
+
+def temperature_of(strategy: masking.base.Strategy) -> float:
+    """Of the salience that a strategy goes by; 1 where it has none."""
+    return getattr(strategy, "temperature", 1.0)
 
 
 def to_pixels(images: torch.Tensor, normalize: transforms.Normalize) -> torch.Tensor:
@@ -39,8 +45,8 @@ def columns(
     normalize: transforms.Normalize,
     strategies: dict[str, masking.base.Strategy],
     *,
+    temperature: float,
     rebuilt: str | None = None,
-    temperature: float = 1.0,
     seed: int = 0,
 ) -> list[visualize.Column]:
     """Columns for `visualize.draw`: image, salience, what each strategy removes, reconstruction, and pasted.
@@ -50,8 +56,8 @@ def columns(
         pixels: (N, C, H, W) uint8, or floats in 0..1.
         normalize: pixels -> what the model was trained on.
         strategies: by name; all are given the same noise.
+        temperature: of the salience, see `temperature_of`.
         rebuilt: name of the strategy whose mask is reconstructed; None for a model without a decoder.
-        temperature: of the salience.
         seed: of the noise.
     """
     device, grid = normalize.shift.device, model.patch_embed.grid_size
@@ -60,11 +66,14 @@ def columns(
     tokens = model.embed(normalized)
     noise = torch.rand(tokens.shape[:2], generator=torch.Generator().manual_seed(seed)).to(device)
     salience = masking.token_salience(tokens, temperature).view(-1, *grid).cpu()
-    found = [visualize.Column("image", images), visualize.Column("salience", salience)]
+    title = "image\n(without channel 4)" if images.shape[1] == 4 else "image"
+    found = [visualize.Column(title, images), visualize.Column("salience", salience)]
     masks = {name: strategy(tokens, noise=noise) for name, strategy in strategies.items()}
     for name, mask in masks.items():
-        removed = tuple(f"{ratio:.0%} removed" for ratio in mask.mask.float().mean(dim=1).tolist())
-        found.append(visualize.Column(f"mask: {name}", visualize.hide(images, mask.mask.cpu(), grid), removed))
+        removed, shares = mask.mask.cpu(), mask.mask.float().mean(dim=1).tolist()
+        captions = tuple(f"{share:.0%} removed" for share in shares)
+        hidden = visualize.hide(images, removed, grid)
+        found.append(visualize.Column(f"mask: {name}", hidden, captions, removed.bool().view(-1, *grid)))
     if rebuilt is None:
         return found
     mask = masks[rebuilt]
@@ -102,7 +111,7 @@ def salience_statistics(
         mask_ratio: share of tokens that `strategy` removes.
     """
     tokens = model.embed(images)
-    salience = masking.token_salience(tokens, getattr(strategy, "temperature", 1.0))  # (N, L)
+    salience = masking.token_salience(tokens, temperature_of(strategy))  # (N, L)
     total = salience.sum(dim=1, keepdim=True)
     share = torch.where(total > 0, salience / total.clamp_min(1e-12), 1 / salience.shape[1])
     entropy = torch.special.entr(share).sum(dim=1) / math.log(salience.shape[1])

@@ -68,7 +68,10 @@ def draw(run: Path, path: Path, num_images: int = 6) -> None:
     images = monitor.open_sets(opened.settings, opened.size, 1, num_images).val
     pixels = torch.stack([images[0, index][0] for index in range(num_images)])
     strategies = views.standard_strategies(opened.settings, opened.strategy, opened.model.num_patches)
-    columns = views.columns(opened.model, pixels, opened.normalize, strategies, rebuilt="sbam_amr")
+    temperature = views.temperature_of(opened.strategy)
+    columns = views.columns(
+        opened.model, pixels, opened.normalize, strategies, temperature=temperature, rebuilt="sbam_amr"
+    )
     visualize.save(visualize.draw(columns), path)
 
 

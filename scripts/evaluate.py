@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, print, and write `--output`."""
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
+        check_output(given.output)
         opened = open_model(given)
         start = time.perf_counter()
         result = inspection.measure(
@@ -35,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
             num_workers=given.num_workers,
             pool=given.pool,
         )
+    if opened.assumed:
+        print(f"note: {opened.assumed}")
     result = {"checkpoint": given.checkpoint or given.model} | result | {"seconds": time.perf_counter() - start}
     for name, value in result.items():
         print(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
@@ -42,6 +46,20 @@ def main(argv: list[str] | None = None) -> None:
         path = Path(given.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def check_output(output: str | None) -> None:
+    """ValueError unless `--output` can be written: before the work."""
+    if output is None:
+        return
+    if Path(output).is_dir():
+        raise ValueError(f"--output {output}: is a folder; name a file")
+    try:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=Path(output).parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error.strerror})") from error
 
 
 def open_model(given: argparse.Namespace) -> inspection.Opened:
@@ -71,7 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="architecture; without a checkpoint: untrained")
     parser.add_argument("--dataset", help="folder or digits; default: the checkpoint's")
     parser.add_argument("--data_path", help="folder with train/<class>/ and val/<class>/; default: the checkpoint's")
-    parser.add_argument("--input_size", type=int, nargs="+", help="for an untrained model: side, or height and width")
+    parser.add_argument(
+        "--input_size", type=int, nargs="+", help="side, or height and width, where no checkpoint tells"
+    )
     parser.add_argument("--in_chans", type=int, help="for an untrained model: channels")
     parser.add_argument("--seed", type=int, help="for an untrained model: of its weights")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")

@@ -3,6 +3,7 @@
 
 scripts/visualize.py output/run/checkpoint-last.pth picture.jpg folder/ --output masks.png
 scripts/visualize.py --model mae_vit_base_patch16 picture.jpg         # an untrained model
+scripts/visualize.py output/digits/checkpoint-last.pth --dataset digits
 """
 
 from __future__ import annotations
@@ -24,31 +25,57 @@ from util import cli, datasets, sources, transforms, visualize
 
 def main(argv: list[str] | None = None) -> None:
     """Open, draw, write."""
-    given = make_parser().parse_args(argv)
+    given = make_parser().parse_intermixed_args(argv)
     with cli.exit_on_user_error():
+        take_sizes(given)
+        check_numbers(given)
         check_output(given.output)
         opened, places = open_model(given)
         images = open_images(given, opened, places)
         strategies, rebuilt = choose_strategies(given, opened)
-    transform = transforms.evaluation_transform(opened.size, given.crop_pct)
-    with cli.exit_on_user_error():
-        prepared = datasets.SeededImages(images, transform)
-        pixels = torch.stack([picture(prepared, index) for index in range(min(given.rows, len(images)))])
+        named = inspection.Named(images, transforms.evaluation_transform(opened.size, given.crop_pct))
+        pixels = torch.stack([picture(named, index) for index in range(min(given.rows, len(images)))])
     columns = views.columns(
         opened.model,
         pixels,
         opened.normalize,
         strategies,
+        temperature=views.temperature_of(opened.strategy),
         rebuilt=rebuilt if opened.has_decoder else None,
-        temperature=getattr(opened.strategy, "temperature", 1.0),
         seed=given.seed,
     )
     if not opened.has_decoder:
         print("the checkpoint has no decoder: the picture shows salience and masks, without a reconstruction")
     if not opened.trained:
         print(f"{given.model} is untrained: its reconstruction is noise")
-    visualize.save(visualize.draw(columns), given.output)
+    if opened.assumed:
+        print(f"note: {opened.assumed}")
+    with cli.exit_on_user_error():
+        try:
+            visualize.save(visualize.draw(columns), given.output)
+        except OSError as error:
+            raise ValueError(f"--output {given.output}: cannot be written ({error.strerror})") from error
     print(f"picture: {given.output}")
+
+
+def take_sizes(given: argparse.Namespace) -> None:
+    """The numbers after `--input_size` and `--patch_size`; what else stands there are more INPUTs."""
+    for name in ("input_size", "patch_size"):
+        values = getattr(given, name)
+        if values is not None:
+            count = sum(value.isdecimal() for value in values[:2])
+            if not count or not values[0].isdecimal():
+                raise ValueError(f"--{name} {values[0]}: give one side or height and width, in pixels")
+            given.inputs += values[count:]
+            setattr(given, name, [int(value) for value in values[:count]])
+
+
+def check_numbers(given: argparse.Namespace) -> None:
+    """ValueError for numbers of which no picture can be made."""
+    if given.rows < 1:
+        raise ValueError(f"--rows {given.rows}: must be at least 1")
+    if not 0 < given.crop_pct <= 1:
+        raise ValueError(f"--crop_pct {given.crop_pct}: must be above 0 and at most 1")
 
 
 def open_model(given: argparse.Namespace) -> tuple[inspection.Opened, list[str]]:
@@ -57,11 +84,12 @@ def open_model(given: argparse.Namespace) -> tuple[inspection.Opened, list[str]]
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     if given.mask_ratio is not None:
         changes |= {"mask_ratio": given.mask_ratio}
-    first, *rest = given.inputs
+    first, *rest = given.inputs or [""]
     if first.endswith((".pth", ".pt")):
         return inspection.open_checkpoint(first, given.device, **changes), rest
     if "model" not in changes:
-        raise ValueError(f"{first}: no checkpoint (.pth); name one first, or an untrained --model")
+        problem = f"{first}: no checkpoint (.pth)" if first else "no checkpoint (.pth) is named"
+        raise ValueError(f"{problem}; name one first, or an untrained --model")
     return inspection.untrained(changes.pop("model"), given.device, **changes), given.inputs
 
 
@@ -70,6 +98,7 @@ def open_images(given: argparse.Namespace, opened: inspection.Opened, places: li
     channels = opened.settings.in_chans
     if given.dataset:
         return datasets.open_labelled(given.dataset, None, "val", channels)
+    inspection.check_pictures(opened.settings)
     if not places:
         raise ValueError("name at least one picture or folder of pictures, or --dataset digits")
     items = []
@@ -84,7 +113,7 @@ def open_images(given: argparse.Namespace, opened: inspection.Opened, places: li
     return datasets.ImageSet(sources.Files(items), np.zeros(len(items), dtype=np.int64), (), channels)
 
 
-def picture(images: datasets.SeededImages, index: int) -> torch.Tensor:
+def picture(images: inspection.Named, index: int) -> torch.Tensor:
     """Picture `index`, decoded, (C, H, W). ValueError names a file that is none."""
     try:
         return images[0, index][0]
@@ -107,6 +136,8 @@ def check_output(output: Path) -> None:
     """ValueError unless `--output` is a PNG or PDF that can be written."""
     if output.suffix not in (".png", ".pdf"):
         raise ValueError(f"--output {output}: the name must end in .png or .pdf")
+    if output.is_dir():
+        raise ValueError(f"--output {output}: is a folder; name a file")
     if not output.parent.is_dir():
         raise ValueError(f"--output {output}: there is no folder {output.parent}")
 
@@ -115,7 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="a checkpoint (.pth) first, then pictures and folders"
+        "inputs", nargs="*", metavar="INPUT", help="a checkpoint (.pth) first, then pictures and folders"
     )
     parser.add_argument("--output", type=Path, default=Path("masks.png"), help="PNG or PDF")
     parser.add_argument("--rows", type=int, default=6, help="pictures at most")
@@ -125,8 +156,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--crop_pct", type=float, default=1.0, help="centre crop over resized side")
     parser.add_argument("--dataset", choices=["digits"], help="the built-in digits instead of pictures")
     parser.add_argument("--model", help="architecture; without a checkpoint: untrained")
-    parser.add_argument("--input_size", type=int, nargs="+", help="untrained model: side, or height and width")
-    parser.add_argument("--patch_size", type=int, nargs="+", help="untrained model: side, or height and width")
+    parser.add_argument(
+        "--input_size", nargs="+", metavar="N", help="side, or height and width, where no checkpoint tells"
+    )
+    parser.add_argument("--patch_size", nargs="+", metavar="N", help="untrained model: side, or height and width")
     parser.add_argument("--in_chans", type=int, help="untrained model: channels")
     parser.add_argument(
         "--norm_pix_loss", action=argparse.BooleanOptionalAction, default=None, help="default: the checkpoint's"

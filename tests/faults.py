@@ -1,29 +1,34 @@
 """main_pretrain.py with faults: `FAULTS='[{"kind": "SIGKILL", "forward": 5, "rank": 1}]' faults.py FLAGS`.
 
 A fault strikes in the given forward passes (counted from 0 in this process) of the given rank, every rank if none is
-given; with `once`, only while FILE does not exist. Kinds: a signal's name, sent to the process itself; `crash`; `nan`;
-`orphan`, which kills the launcher; `fill`, which fills the disk of PATH with a file of this name, and `free`, which
-removes it; `unmount`, which takes the file system at PATH away.
+given; with `once`, only while FILE does not exist. A signal may strike in a `look` instead, two seconds after the
+monitors begin to take features (counted likewise), which then takes a minute. Kinds: a signal's name, sent to the
+process itself; `crash`; `nan`; `orphan`, which kills the launcher; `fill`, which fills the disk of PATH with a file of
+this name, and `free`, which removes it; `unmount`, which takes the file system at PATH away.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import models_mae
-from util import dist
+from util import dist, features
 
 
 @contextmanager
 def injected(faults: list[dict]) -> Iterator[None]:
-    """The model's forward pass has these faults."""
+    """The model's forward pass, or the monitors, have these faults."""
+    look = [fault for fault in faults if "look" in fault]
+    faults = [fault for fault in faults if "look" not in fault]
     original, count = models_mae.MaskedAutoencoderViT.forward, 0
 
     def forward(self, images, noise=None):
@@ -48,11 +53,22 @@ def injected(faults: list[dict]) -> Iterator[None]:
         loss, pred, mask = original(self, images, noise)
         return loss * factor, pred, mask
 
-    models_mae.MaskedAutoencoderViT.forward = forward
+    extract, numbers = features.extract_features, itertools.count()
+
+    def extract_slowly(*args, **options):
+        number = next(numbers)
+        for fault in look:
+            if number in _as_list(fault["look"]) and _first(fault):
+                time.sleep(2)
+                os.kill(os.getpid(), getattr(signal, fault["kind"]))
+                time.sleep(60)
+        return extract(*args, **options)
+
+    models_mae.MaskedAutoencoderViT.forward, features.extract_features = forward, extract_slowly
     try:
         yield
     finally:
-        models_mae.MaskedAutoencoderViT.forward = original
+        models_mae.MaskedAutoencoderViT.forward, features.extract_features = original, extract
 
 
 def fill(path: Path) -> None:

@@ -14,8 +14,12 @@ import inspection
 import main_pretrain
 import models_mae
 import models_vit
-from util import checkpoint, datasets
+import monitor
+import views
+from util import checkpoint, datasets, features, visualize
 from util.config import PretrainSettings
+
+DIGITS = ["--model", "mae_vit_mini_patch4", "--dataset", "digits", "--in_chans", "1"]
 
 
 def script(name: str):
@@ -123,6 +127,17 @@ def test_visualize_draws_checkpoints_and_untrained_models(tmp_path, capsys):
         ("visualize", ["x.jpg", "--model", "mae_vit_mini_patch4"], "x.jpg: there is no such picture or folder"),
         ("visualize", ["x.jpg", "--output", "x.gif"], "must end in .png or .pdf"),
         ("visualize", ["x.jpg", "--model", "mae_vit_min"], "did you mean 'mae_vit_mini_patch4'?"),
+        ("visualize", [], "no checkpoint (.pth) is named; name one first, or an untrained --model"),
+        ("visualize", ["x.jpg", "--rows", "0"], "--rows 0: must be at least 1"),
+        ("visualize", ["x.jpg", "--rows", "-1"], "--rows -1: must be at least 1"),
+        ("visualize", ["x.jpg", "--crop_pct", "0"], "--crop_pct 0.0: must be above 0 and at most 1"),
+        ("visualize", ["x.jpg", "--crop_pct", "-1"], "--crop_pct -1.0: must be above 0 and at most 1"),
+        ("visualize", ["--input_size", "x.jpg"], "--input_size x.jpg: give one side or height and width"),
+        ("evaluate", ["--model", "mae_vit_mini_patch4", "--output", "tests"], "--output tests: is a folder"),
+        ("evaluate", ["none.pth", "--output", "/proc/none/r.json"], "--output /proc/none/r.json: cannot be written"),
+        ("evaluate", [*DIGITS, "--train_images", "0"], "--train_images 0: must be at least 1"),
+        ("evaluate", [*DIGITS, "--val_images", "0"], "--val_images 0: must be at least 1"),
+        ("evaluate", [*DIGITS, "--neighbours", "0"], "--neighbours 0: must be at least 1"),
         ("evaluate", [], "name a CHECKPOINT, or an untrained --model"),
         ("evaluate", ["--model", "mae_vit_mini_patch4", "--data_path", "/nowhere"], "there is no such folder"),
         ("sweep", ["none.yaml"], "none.yaml: cannot be read as YAML"),
@@ -145,12 +160,166 @@ def test_a_picture_that_cannot_be_decoded_is_named(tmp_path, capsys):
     assert "broken.jpg: cannot be decoded" in capsys.readouterr().err
 
 
+def test_no_other_picture_takes_the_place_of_a_named_one(tmp_path, capsys):
+    good = write_pictures(tmp_path) / "train" / "class0" / "0.jpg"
+    (tmp_path / "broken.jpg").write_text("no picture")
+    opened = inspection.untrained("mae_vit_mini_patch4")
+    with pytest.raises(OSError, match=r"broken\.jpg: cannot be decoded"):
+        inspection.image_features(opened, [tmp_path / "broken.jpg", good])
+    arguments = ["--model", "mae_vit_mini_patch4", str(tmp_path / "broken.jpg"), str(good)]
+    with pytest.raises(SystemExit) as stop:
+        script("visualize")([*arguments, "--output", str(tmp_path / "x.png")])
+    assert stop.value.code == 2
+    assert "broken.jpg: cannot be decoded" in capsys.readouterr().err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_bad_pictures_of_a_data_set_are_named_and_counted(tmp_path, capsys):
+    folder = write_pictures(tmp_path / "p")
+    (folder / "val" / "class1" / "2.jpg").write_text("no picture")
+    flags = ["--model", "mae_vit_mini_patch4", "--data_path", str(folder), "--output", str(tmp_path / "r.json")]
+    script("evaluate")([*flags, "--metrics", "knn", "salience"])
+    assert json.loads((tmp_path / "r.json").read_text())["bad_images"] == 1
+    error = capsys.readouterr().err
+    assert "val/class1/2.jpg: cannot be decoded" in error
+    assert error.count("\n") == 1
+    for path in (folder / "val").rglob("*.jpg"):
+        path.write_text("no picture")
+    with pytest.raises(SystemExit) as stop:
+        script("evaluate")(flags)
+    assert stop.value.code == 2
+    assert "12 of 12 pictures cannot be decoded" in capsys.readouterr().err
+
+
+def test_pictures_are_prepared_as_the_checkpoint_s_training_did(tmp_path):
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.6, 0.7]
+    pretrained(tmp_path / "a.pth", mean=mean, std=std)
+    opened = inspection.open_checkpoint(tmp_path / "a.pth")
+    black = opened.normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8)).flatten()
+    white = opened.normalize(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).flatten()
+    torch.testing.assert_close(black, -torch.tensor(mean) / torch.tensor(std))
+    torch.testing.assert_close(white, (1 - torch.tensor(mean)) / torch.tensor(std))
+
+
+def test_evaluate_takes_its_pool_and_neighbours(tmp_path):
+    pretrained(tmp_path / "a.pth", dataset="digits", in_chans=1)
+
+    def evaluate(*flags):
+        arguments = [str(tmp_path / "a.pth"), "--metrics", "knn", "rank_me", "--train_images", "200", *flags]
+        script("evaluate")([*arguments, "--output", str(tmp_path / "r.json")])
+        found = json.loads((tmp_path / "r.json").read_text())
+        return found["knn"], found["rank_me"]
+
+    opened = inspection.open_checkpoint(tmp_path / "a.pth")
+    sets = monitor.open_sets(opened.settings, opened.size, 200, 10**6)
+    expected = {}
+    for pool in ("mean", "cls"):
+        train, val = (
+            features.extract_features(opened.model, images, opened.normalize, pool=pool)
+            for images in (sets.train, sets.val)
+        )
+        expected |= {(pool, k): (features.knn_accuracy(train, val, k), features.rank_me(val[0])) for k in (1, 10)}
+    assert len(set(expected.values())) == 4
+    assert evaluate() == pytest.approx(expected["mean", 10])
+    assert evaluate("--pool", "cls") == pytest.approx(expected["cls", 10])
+    assert evaluate("--neighbours", "1") == pytest.approx(expected["mean", 1])
+
+
+def test_visualize_draws_the_mask_and_the_noise_that_are_asked_for(tmp_path):
+    pretrained(tmp_path / "a.pth", in_chans=1, masking="sbam_amr", mask_ratio=0.5, masking_args=["temperature=5"])
+    opened = inspection.open_checkpoint(tmp_path / "a.pth")
+    digits = monitor.open_sets(opened.settings.__class__(dataset="digits", in_chans=1), opened.size, 1, 359).val
+    pixels = torch.stack([digits[0, index][0] for index in range(2)])
+    strategies = views.standard_strategies(opened.settings, opened.strategy, 16)
+
+    def expected(**options):
+        columns = views.columns(opened.model, pixels, opened.normalize, strategies, temperature=5.0, **options)
+        visualize.save(visualize.draw(columns), tmp_path / "expected.png")
+        return (tmp_path / "expected.png").read_bytes()
+
+    def drawn(*flags):
+        arguments = [str(tmp_path / "a.pth"), "--dataset", "digits", "--rows", "2", *flags]
+        script("visualize")([*arguments, "--output", str(tmp_path / "drawn.png")])
+        return (tmp_path / "drawn.png").read_bytes()
+
+    assert drawn() == expected(rebuilt="sbam_amr")
+    assert drawn("--rebuild", "random") == expected(rebuilt="random")
+    assert drawn("--seed", "3") == expected(rebuilt="sbam_amr", seed=3)
+    assert len({expected(rebuilt="sbam_amr"), expected(rebuilt="random"), expected(rebuilt="sbam_amr", seed=3)}) == 3
+
+
+def test_visualize_finds_its_pictures_wherever_they_stand(tmp_path, capsys):
+    main, output = script("visualize"), ["--output", str(tmp_path / "x.png")]
+    picture = str(write_pictures(tmp_path / "p") / "val" / "class0" / "0.jpg")
+    main(["--model", "mae_vit_mini_patch4", "--dataset", "digits", "--in_chans", "1", *output])
+    main(["--model", "mae_vit_mini_patch4", "--input_size", "32", picture, *output])
+    main([picture, "--model", "mae_vit_mini_patch4", "--input_size", "32", "16", picture, *output, picture])
+    assert capsys.readouterr().out.count("picture: ") == 3
+
+
+def test_what_cannot_be_written_or_used_is_one_line(tmp_path, capsys):
+    picture = str(write_pictures(tmp_path / "p") / "val" / "class0" / "0.jpg")
+    (tmp_path / "d.png").mkdir()
+    visualize_it = ["visualize", "--model", "mae_vit_mini_patch4", picture, "--output"]
+    mistakes = [
+        ([*visualize_it, str(tmp_path / "d.png")], "d.png: is a folder; name a file"),
+        ([*visualize_it, "/proc/x.png"], "--output /proc/x.png: cannot be written"),
+    ]
+    if not torch.cuda.is_available():
+        mistakes.append(([*visualize_it, str(tmp_path / "x.png"), "--device", "cuda"], "--device cuda: no CUDA GPU"))
+        mistakes.append((["evaluate", *DIGITS, "--device", "cuda"], "--device cuda: no CUDA GPU"))
+    for (name, *arguments), message in mistakes:
+        with pytest.raises(SystemExit) as stop:
+            script(name)(arguments)
+        error = capsys.readouterr().err
+        assert (stop.value.code, error.count("\n")) == (2, 1)
+        assert message in error
+
+
+def test_a_checkpoint_of_a_loader_s_arrays_cannot_be_looked_at(tmp_path, capsys):
+    picture = str(write_pictures(tmp_path / "p") / "val" / "class0" / "0.jpg")
+    pretrained(tmp_path / "a.pth", in_chans=5, loader="util.loaders:npy", data_path=str(tmp_path), eval_every=1)
+    for name, more in (("evaluate", []), ("visualize", [picture])):
+        with pytest.raises(SystemExit) as stop:
+            script(name)([str(tmp_path / "a.pth"), *more])
+        assert stop.value.code == 2
+        assert "--loader util.loaders:npy: the model was trained on the arrays of a loader" in capsys.readouterr().err
+    pretrained(tmp_path / "b.pth", in_chans=5, dataset="wds", data_path=str(tmp_path))
+    with pytest.raises(ValueError, match="--in_chans 5: only pictures of 1"):
+        inspection.image_features(inspection.open_checkpoint(tmp_path / "b.pth"), [picture])
+
+
+def test_a_shape_that_a_file_does_not_tell_is_said_to_be_assumed(tmp_path, capsys):
+    model = pretrained(tmp_path / "wide.pth", input_size=[8, 32], in_chans=1)
+    assert inspection.open_checkpoint(tmp_path / "wide.pth").assumed == ""
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    opened = inspection.open_checkpoint(tmp_path / "bare.pth")
+    assert opened.size == (16, 16)
+    assert "16 patches are taken as 4 x 4, images of 16 x 16; --input_size" in opened.assumed
+    script("visualize")([str(tmp_path / "bare.pth"), "--dataset", "digits", "--output", str(tmp_path / "x.png")])
+    assert f"note: {opened.assumed}" in capsys.readouterr().out
+    opened = inspection.open_checkpoint(tmp_path / "bare.pth", input_size=[8, 32])
+    assert (opened.size, opened.assumed) == ((8, 32), "")
+    with pytest.raises(ValueError, match=r"--input_size \[32\]: .* is of images of 16 patches of 4 x 4"):
+        inspection.open_checkpoint(tmp_path / "bare.pth", input_size=[32])
+    with pytest.raises(ValueError, match=r"--input_size \[16\]: .* is of images of 2 x 8 patches of 4 x 4"):
+        inspection.open_checkpoint(tmp_path / "wide.pth", input_size=[16])
+    model = pretrained(tmp_path / "tall.pth", input_size=[16, 24])
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(ValueError, match=r"24 places, not a square, .* the images' height and width with --input"):
+        inspection.open_checkpoint(tmp_path / "bare.pth")
+
+
 def test_labels_are_needed_for_probes(tmp_path):
     folder = write_pictures(tmp_path, classes=1) / "train" / "class0"
     opened = inspection.untrained("mae_vit_mini_patch4", data_path=str(folder))
-    assert set(inspection.measure(opened, ("rank_me",))) == {"train_images", "val_images", "rank_me"}
+    assert set(inspection.measure(opened, ("rank_me",))) == {"train_images", "val_images", "rank_me", "bad_images"}
     with pytest.raises(ValueError, match="--metrics knn linear: need labels"):
         inspection.measure(opened, ("knn", "rank_me", "linear"))
+    (write_pictures(tmp_path / "more") / "train" / "class1").rename(tmp_path / "elsewhere")
+    opened = inspection.untrained("mae_vit_mini_patch4", data_path=str(tmp_path / "more"))
+    with pytest.raises(ValueError, match=r"classes of val/ that train/ has not: \['class1'\]"):
+        inspection.measure(opened, ("knn",))
 
 
 def test_the_cache_of_tokens_has_a_limit(monkeypatch):

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import log_lines, run_main, tiny_mae, write_pictures
+from faults import injected
+from helpers import ROOT, environment, log_lines, run_main, tiny_mae, write_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import inspection
 import main_pretrain
+import masking
 import monitor
-from util import checkpoint
+from util import checkpoint, control, transforms
 from util.config import PretrainSettings
+from util.log import RunLog
 
 DIGITS = ["--config", "configs/pretrain/digits.yaml", "--model", "mae_vit_mini_patch4", "--num_workers", 0]
 
@@ -50,8 +58,97 @@ def test_monitors_on_two_processes(tmp_path):
     flags = [*DIGITS, *more, "--eval_every", 1, "--vis_every", 1, "--output_dir", tmp_path, "--dist_timeout", 120]
     result = run_main("main_pretrain.py", *flags, processes=2)
     assert result.returncode == 0, result.stderr
-    assert all("monitor_knn" in line for line in log_lines(tmp_path))
+    lines = log_lines(tmp_path)
+    opened = inspection.open_checkpoint(tmp_path / checkpoint.LAST)
+    metrics = ("knn", "rank_me", "salience")
+    expected = inspection.measure(opened, metrics, train_images=monitor.TRAIN_IMAGES, val_images=monitor.VAL_IMAGES)
+    assert {"knn", "rank_me", "salient_share", "salience_entropy", "mask_ratio"} <= expected.keys()
+    for name in expected.keys() - {"train_images", "val_images"}:
+        assert lines[1][f"monitor_{name}"] == pytest.approx(expected[name], rel=1e-4), name
+    assert lines[0]["monitor_rank_me"] != lines[1]["monitor_rank_me"]
     assert len(list(tmp_path.glob("events*"))) == 1
+
+
+def assert_same_run(one, other):
+    """Weights bit for bit; the epochs' lines, looks included, up to the order in which means are summed."""
+    (lines, state), (others, other_state) = one, other
+    assert all(torch.equal(state[name], other_state[name]) for name in state)
+    for line, found in zip(lines, others, strict=True):
+        assert line.keys() == found.keys()
+        for name in line.keys() - {"train_data_wait"}:
+            assert line[name] == pytest.approx(found[name], rel=1e-12, abs=1e-12), name
+
+
+@pytest.mark.parametrize("look", [0, 3], ids=["first", "last"])  # two takings of features each
+def test_a_signal_ends_a_look_and_the_run_continues_with_it(tmp_path, look):
+    whole = pretrain(tmp_path / "whole", "--eval_every", 1)
+    start = time.perf_counter()
+    with injected([{"kind": "SIGTERM", "look": look}]), pytest.raises(SystemExit) as stop:
+        pretrain(tmp_path / "parts", "--eval_every", 1)
+    assert stop.value.code == control.PREEMPTED
+    assert time.perf_counter() - start < 30
+    saved = checkpoint.load(tmp_path / "parts" / checkpoint.LAST)
+    assert saved["step"] == (look // 2 + 1) * saved["steps_per_epoch"]
+    assert_same_run(whole, pretrain(tmp_path / "parts", "--eval_every", 1))
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("SIGKILL", 1), ("SIGKILL", 2), ("SIGTERM", 2)])
+def test_a_run_killed_in_a_look_loses_no_epoch(tmp_path, kind, processes):
+    size = ["--batch_size", 256 // processes, "--effective_batch_size", 256, "--dist_timeout", 120]
+    flags = [*DIGITS, "--epochs", 2, "--warmup_epochs", 0, *size, "--eval_every", 1]
+    outputs = {}
+    for name, faults in (("whole", []), ("parts", [{"kind": kind, "look": 2}]), ("parts", [])):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command = [*(command if processes > 1 else command[:1]), ROOT / "tests" / "faults.py", *flags]
+        command += ["--output_dir", tmp_path / name]
+        variables = environment(FAULTS=json.dumps(faults))
+        result = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, env=variables)
+        assert (result.returncode == 0) == (not faults), result.stderr
+        saved = checkpoint.load(tmp_path / name / checkpoint.LAST)
+        assert saved["step"] == 2 * saved["steps_per_epoch"]
+        outputs[name] = log_lines(tmp_path / name), saved["model"]
+        assert len(outputs[name][0]) == (1 if faults else 2)
+    assert_same_run(outputs["whole"], outputs["parts"])
+
+
+def watcher(settings, said=None):
+    """A monitor that says its lines to `said`."""
+    log = RunLog(None)
+    log.say = (said if said is not None else []).append
+    normalize = transforms.Normalize(*main_pretrain.channel_statistics(settings))
+    return monitor.Monitor(settings, main_pretrain.create_strategy(settings), normalize, (16, 16), log)
+
+
+def test_the_picture_shows_the_salience_of_the_run_s_temperature():
+    args = {"masking": "sbam", "masking_args": ["temperature=9"], "dataset": "digits", "in_chans": 1}
+    settings = PretrainSettings(model="mae_vit_mini_patch4", vis_every=1, **args)
+    model, looking = main_pretrain.build_model(settings), watcher(settings)
+    figure = looking.look(model, 0).picture
+    maps = [image.get_array() for axis in figure.axes for image in axis.images if image.get_array().shape == (4, 4)]
+    images = looking._sets.val
+    pixels = torch.stack([images[0, index * len(images) // 6][0] for index in range(6)])
+    expected = masking.token_salience(model.embed(looking.normalize(pixels)), 9.0)
+    torch.testing.assert_close(torch.tensor(np.stack(maps)).flatten(1), expected.detach())
+
+
+def test_bad_pictures_and_missing_labels_are_said_once(tmp_path, capsys):
+    folder, said = write_pictures(tmp_path), []
+    (folder / "val" / "class0" / "1.jpg").write_text("no picture")
+    settings = PretrainSettings(model="mae_vit_mini_patch4", data_path=str(folder), eval_every=1, num_workers=0)
+    looking, model = watcher(settings, said), main_pretrain.build_model(settings)
+    for epoch in (0, 1):
+        line = looking.report(looking.look(model, epoch), epoch)
+        assert line["monitor_bad_images"] == 1
+        assert "monitor_knn" in line
+    error = capsys.readouterr().err
+    assert "val/class0/1.jpg: cannot be decoded" in error
+    assert error.count("\n") == 1
+    assert said == []
+    (folder / "train" / "class1").rename(folder / "class1")
+    line = watcher(settings, said).look(model, 0)
+    assert "knn" not in line.values
+    assert len(said) == 1
+    assert said[0].endswith("classes of val/ that train/ has not: ['class1']")
 
 
 def test_without_labels_there_is_no_knn(tmp_path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_mae, varied_images
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import masking
 import views
@@ -29,7 +31,9 @@ def strategies(**options) -> dict:
 def test_visible_patches_are_the_image_itself(norm_pix_loss):
     torch.manual_seed(0)
     model, images = tiny_mae(norm_pix_loss=norm_pix_loss).eval(), pixels()
-    found = {c.title: c for c in views.columns(model, images, NORMALIZE, strategies(), rebuilt="sbam_amr")}
+    found = {
+        c.title: c for c in views.columns(model, images, NORMALIZE, strategies(), temperature=1.0, rebuilt="sbam_amr")
+    }
     mask = strategies()["sbam_amr"](
         model.embed(NORMALIZE(images)), noise=torch.rand(4, 64, generator=torch.Generator().manual_seed(0))
     )
@@ -58,7 +62,7 @@ def test_a_perfect_prediction_gives_back_the_image(norm_pix_loss):
 
 
 def test_without_a_decoder_there_is_no_reconstruction():
-    titles = [c.title for c in views.columns(tiny_mae(), pixels(), NORMALIZE, strategies())]
+    titles = [c.title for c in views.columns(tiny_mae(), pixels(), NORMALIZE, strategies(), temperature=1.0)]
     assert titles == ["image", "salience", "mask: random", "mask: sbam", "mask: sbam_amr"]
 
 
@@ -95,8 +99,49 @@ def test_salience_statistics_of_a_flat_and_of_textured_images():
     torch.testing.assert_close(flat["salience_entropy"], torch.ones(5))
 
 
+def test_the_salience_shown_and_counted_is_of_the_strategy_s_temperature():
+    model, images = tiny_mae().eval(), varied_images(5)
+    settings = PretrainSettings(masking="sbam_amr")
+    own = masking.create("sbam_amr", temperature=7.0, delta=0.3)
+    salience = masking.token_salience(model.embed(images), 7.0)
+    assert not torch.allclose(salience, masking.token_salience(model.embed(images)), atol=0.05)
+    found = views.salience_statistics(model, images, own)
+    torch.testing.assert_close(found["salient_share"], (salience > 0.3).float().mean(1))
+    standard = views.standard_strategies(settings, own, 64)
+    assert [views.temperature_of(standard[name]) for name in ("random", "sbam", "sbam_amr")] == [1.0, 7.0, 7.0]
+    columns = views.columns(model, pixels(2), NORMALIZE, standard, temperature=views.temperature_of(own))
+    expected = masking.token_salience(model.embed(NORMALIZE(pixels(2))), 7.0)
+    torch.testing.assert_close(columns[1].pictures.flatten(1), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_removed_patches_are_hatched_because_grey_is_also_in_pictures(channels):
+    grey, mask = torch.full((1, channels, 8, 12), 0.5), torch.tensor([[1, 0, 0, 0, 0, 1]])
+    hidden = visualize.hide(grey, mask, (2, 3))
+    assert torch.equal(hidden, grey)
+    figure = visualize.draw([visualize.Column("", hidden, hatched=mask.bool().view(1, 2, 3))])
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    shown = np.asarray(canvas.buffer_rgba())[..., :3].mean(2)
+    corners = figure.axes[0].transData.transform([(x - 0.5, y - 0.5) for x in (0, 4, 8, 12) for y in (0, 4, 8)])
+    columns, rows = corners[::3, 0], len(shown) - corners[:3, 1]
+    for place, removed in enumerate(mask[0].tolist()):
+        row, column = divmod(place, 3)
+        up, down, left, right = (int(v) for v in (*rows[row : row + 2], *columns[column : column + 2]))
+        patch = shown[up + 3 : down - 3, left + 3 : right - 3]
+        assert patch.size > 100
+        assert (patch.std() > 5) == bool(removed)
+
+
+def test_a_fourth_channel_is_said_not_to_be_shown():
+    images = torch.rand(1, 4, 32, 32)
+    normalize = transforms.Normalize((0.5,) * 4, (0.5,) * 4)
+    columns = views.columns(tiny_mae(in_chans=4), images, normalize, strategies(), temperature=1.0)
+    assert columns[0].title == "image\n(without channel 4)"
+
+
 def test_every_map_has_the_same_scale_and_there_is_one_colour_bar(tmp_path):
-    columns = views.columns(tiny_mae(), pixels(3), NORMALIZE, strategies(), rebuilt="random")
+    columns = views.columns(tiny_mae(), pixels(3), NORMALIZE, strategies(), temperature=1.0, rebuilt="random")
     figure = visualize.draw(columns)
     images = [axis.images[0] for axis in figure.axes if axis.images]
     assert len(images) == 3 * 7
@@ -108,7 +153,9 @@ def test_every_map_has_the_same_scale_and_there_is_one_colour_bar(tmp_path):
 
 
 def test_no_label_overlaps_another():
-    columns = views.columns(tiny_mae(norm_pix_loss=True), pixels(2), NORMALIZE, strategies(), rebuilt="random")
+    columns = views.columns(
+        tiny_mae(norm_pix_loss=True), pixels(2), NORMALIZE, strategies(), temperature=1.0, rebuilt="random"
+    )
     figure = visualize.draw(columns)
     figure.draw_without_rendering()
     texts = [text for axis in figure.axes for text in (axis.title, axis.xaxis.label, axis.yaxis.label)]

@@ -59,18 +59,27 @@ class Signals:
 
         Every minute stderr is told what is `awaited`; after `timeout_s` seconds it is the last thing that is told.
         """
+        self._awaited, self._waited_s, self._timeout_s = awaited, 0.0, timeout_s
+        step = min(_STALL_S, timeout_s)
+        with self.ending():
+            if self._before:
+                signal.setitimer(signal.ITIMER_REAL, step, step)
+            try:
+                yield
+            finally:
+                if self._before:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Within it a signal raises `Interrupted`, wherever the process is; at once if there was one before."""
         if self.received:
             raise Interrupted
-        self._waiting, self._awaited, self._waited_s, self._timeout_s = True, awaited, 0.0, timeout_s
-        step = min(_STALL_S, timeout_s)
-        if self._before:
-            signal.setitimer(signal.ITIMER_REAL, step, step)
+        self._waiting = True
         try:
             yield
         finally:
             self._waiting = False
-            if self._before:
-                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def _report_stall(self, number: int, frame) -> None:
         self._waited_s += min(_STALL_S, self._timeout_s)

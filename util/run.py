@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -9,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import torch
 from torch import nn
@@ -284,6 +285,20 @@ class Run:
             if batch is not None:
                 yield batch
 
+    def look(self, epoch: int, averages: Averages, find: Callable[[], Any]) -> Any:
+        """What `find` finds on the first process after the steps of `epoch`, whose `averages` these are; else None.
+
+        The steps are saved before, so that a kill loses only the look. A signal ends it: all processes leave, and the
+        run continues with it. All processes call it together.
+        """
+        self._save(epoch - 1, (epoch + 1) * self.steps_per_epoch, averages.state())
+        found = None
+        with contextlib.suppress(control.Interrupted), self.signals.ending():
+            found = find() if dist.is_main() else None
+        if self.agreement.maximum(self.signals.received is not None)[0]:
+            self._leave(epoch, self.steps_per_epoch)
+        return found
+
     def _before_step(self, epoch: int, step: int, averages: Callable[[], Averages], interrupted: bool) -> None:
         asked = interrupted or self.signals.received is not None
         stop, due = self.agreement.maximum(asked, self.saver is not None and self.saver.due())
@@ -292,8 +307,10 @@ class Run:
         if due:
             self._save(epoch - 1, epoch * self.steps_per_epoch + step, averages().state())
 
-    def _leave(self, epoch: int, step: int, averages: Averages) -> NoReturn:
-        self.save_now(epoch, step, averages)
+    def _leave(self, epoch: int, step: int, averages: Averages | None = None) -> NoReturn:
+        """Say so, and end; save before, unless there are no `averages` because that has been done."""
+        if averages is not None:
+            self.save_now(epoch, step, averages)
         self.log.say(
             f"stopped by {self.signals.received or 'a signal to another process'} in epoch {epoch} before step "
             f"{step}; the same command continues there"

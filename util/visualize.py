@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 
@@ -19,15 +20,17 @@ class Column:
         title: above the column.
         pictures: (N, C, H, W) in 0..1, or maps (N, H, W) in 0..1, drawn in colours.
         captions: one under each picture, or nothing.
+        hatched: (N, rows, columns) bool, the patches that are hatched, or None.
     """
 
     title: str
     pictures: torch.Tensor
     captions: tuple[str, ...] = ()
+    hatched: torch.Tensor | None = None
 
 
 def hide(images: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int], grey: float = 0.5) -> torch.Tensor:
-    """Images (N, C, H, W) with the removed patches of mask (N, L) painted grey."""
+    """Images (N, C, H, W) with the removed patches of mask (N, L) painted grey; `draw` hatches them."""
     return torch.where(_pixel_mask(images, mask, grid), torch.full_like(images, grey), images)
 
 
@@ -64,6 +67,8 @@ def draw(columns: list[Column], *, map_label: str = "salience", cell: float = 1.
                 shown = axis.imshow(column.pictures[row].numpy(), cmap="viridis", vmin=0, vmax=1)
             else:
                 axis.imshow(_pixels(column.pictures[row]), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            if column.hatched is not None:
+                _hatch(axis, column.hatched[row], (height, width))
             if column.captions:
                 axis.set_xlabel(column.captions[row], fontsize=7, labelpad=2)
     if shown is not None:
@@ -87,6 +92,16 @@ def _pixel_mask(images: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int])
     """(N, 1, H, W) bool from a mask (N, L)."""
     height, width = images.shape[2] // grid[0], images.shape[3] // grid[1]
     return mask.bool().view(-1, 1, *grid).repeat_interleave(height, 2).repeat_interleave(width, 3)
+
+
+def _hatch(axis, patches: torch.Tensor, size: tuple[int, int]) -> None:
+    """Draw lines over the True ones of patches (rows, columns): grey alone could be a grey patch of the picture."""
+    height, width = size[0] / patches.shape[0], size[1] / patches.shape[1]
+    corners = np.array([[0, 0], [width, 0], [width, height], [0, height]]) - 0.5  # a pixel's centre is at its number
+    places = patches.nonzero().numpy()[:, ::-1] * (width, height)  # (patches, 2), x before y
+    squares = corners + places[:, None]  # (patches, 4, 2)
+    lines = {"hatch": "/////", "edgecolor": "0.25", "linewidth": 0}
+    axis.add_collection(PolyCollection(squares, facecolor="none", **lines), autolim=False)
 
 
 def _pixels(picture: torch.Tensor) -> np.ndarray:
