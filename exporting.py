@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import inspection
 import main_pretrain
+import models_mae
 from util import checkpoint, convert
 from util.config import PretrainSettings
 
 FORMATS = ("timm", "hf", "safetensors", "mae")
+HUGGING_FACE_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 
 
 @dataclass
@@ -28,12 +30,14 @@ class Exportable:
         settings: of the model.
         classes: names of a classifier's classes; empty for an encoder or autoencoder.
         grid: rows and columns of patches.
+        notes: sentences for who converts it: what was assumed, left out, or computes otherwise here.
     """
 
     state: convert.State
     settings: PretrainSettings
     classes: tuple[str, ...]
     grid: tuple[int, int]
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -43,18 +47,23 @@ class Exportable:
         return "autoencoder" if "decoder_pred.weight" in self.state else "encoder"
 
 
-def read(path: str | Path, source: str | None = None, model: str | None = None) -> Exportable:
+def read(
+    path: str | Path, source: str | None = None, model: str | None = None, input_size: list[int] | None = None
+) -> Exportable:
     """A checkpoint of ours, or of another library.
 
     Args:
         path: file, or folder for "hf".
         source: None for ours; "mae", "timm", "hf", "safetensors".
         model: name of the architecture, where the shapes do not tell.
+        input_size: height and width of the images, or one side, where the checkpoint does not tell.
 
     Raises:
         ValueError: no such file, or no architecture of this project.
     """
-    path, changes = Path(path), {"model": model} if model else {}
+    path = Path(path)
+    given = {"model": model, "input_size": input_size}
+    changes = {name: value for name, value in given.items() if value}
     if source == "hf":
         state, content = _read_hugging_face(path)
     elif path.suffix == ".safetensors":
@@ -64,13 +73,16 @@ def read(path: str | Path, source: str | None = None, model: str | None = None) 
         state = checkpoint.model_state(content, path)
     settings = inspection.settings_of(content, inspection.encoder_names(state), path, changes)
     _check_names(path, settings, state)
-    _check_heads(path, settings, content)
-    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    _check_heads(path, settings, content, state)
+    with torch.device("meta"):
+        grid = main_pretrain.build_model(settings).patch_embed.grid_size
+    notes = [*content.get("notes", ()), "" if input_size else inspection.assumed_shape(content, state)]
     classes = tuple(content.get("classes", ()))
     head = state.get("head.weight", state.get("head.1.weight"))
     if head is not None and len(classes) != len(head):
         classes = tuple(str(i) for i in range(len(head)))
-    return Exportable(state, settings, classes if head is not None else (), tuple(content.get("grid") or (side, side)))
+    classes = classes if head is not None else ()
+    return Exportable(state, settings, classes, tuple(grid), tuple(note for note in notes if note))
 
 
 def write(found: Exportable, target: str | None, path: Path) -> None:
@@ -88,18 +100,16 @@ def write(found: Exportable, target: str | None, path: Path) -> None:
     if target == "safetensors" and path.suffix != ".safetensors":
         raise ValueError(f"--output {path}: the name must end in .safetensors")
     state = convert.encoder_or_classifier(found.state) if target == "timm" else found.state
-    if target == "mae":
-        state = {name: value for name, value in state.items() if not name.startswith("head.0.num")}
+    args = {name: getattr(found.settings, name) for name in inspection.OF_MODEL}
+    described = {"args": args, "grid": list(found.grid), "classes": list(found.classes)}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
-        described = {"args": found.settings.as_dict(), "grid": list(found.grid), "classes": list(found.classes)}
         metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in described.items()}
         save_file({name: value.contiguous() for name, value in state.items()}, path, metadata)
     elif target is None:
-        content = {"model": state, "args": found.settings.as_dict(), "grid": list(found.grid)}
-        checkpoint.save(path, content | {"classes": list(found.classes)})
+        checkpoint.save(path, {"model": state} | described)
     else:
-        checkpoint.save(path, {"model": state} if target == "mae" else state)
+        checkpoint.save(path, {"model" if target == "mae" else "state_dict": state, "grid": list(found.grid)})
 
 
 def hugging_face_config(found: Exportable) -> dict[str, Any]:
@@ -171,34 +181,76 @@ def _read_hugging_face(folder: Path) -> tuple[convert.State, dict[str, Any]]:
     """State and a checkpoint's other content from `config.json` and `model.safetensors`."""
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder}: needs config.json and model.safetensors, as save_pretrained writes them")
-    config = json.loads((folder / "config.json").read_text())
-    if config.get("model_type") not in ("vit_mae", "vit"):
-        raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}; vit_mae and vit can be converted")
+    config = _read_config(folder)
+    tensors = _load(folder / "model.safetensors")
+    notes = [note for note in (_other_epsilon(config),) if note]
+    pooler = [name for name in tensors if name.startswith("pooler.")]
+    if pooler:
+        notes.append("the pooler is left out: models here have none")
     try:
-        state = convert.from_hugging_face(load_file(folder / "model.safetensors"))
+        state = convert.from_hugging_face({name: tensors[name] for name in tensors if name not in pooler})
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    args = {name: config[name] for name in ("mask_ratio", "norm_pix_loss") if name in config}
+    args = {name: config.get(name) for name in ("mask_ratio", "norm_pix_loss")} | {
+        "input_size": config.get("image_size")
+    }
+    if args["mask_ratio"] == 0:  # who wants features of whole images there sets it so
+        args["mask_ratio"] = None
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
-        found = json.loads(processor.read_text())
+        found = _json_object(processor)
         args |= {ours: found[name] for ours, name in (("mean", "image_mean"), ("std", "image_std")) if name in found}
     labels = config.get("id2label", {})
     classes = [labels[key] for key in sorted(labels, key=int)]
-    heads = {"heads": config["num_attention_heads"]}
-    if config["model_type"] == "vit_mae":
-        heads["decoder_heads"] = config["decoder_num_attention_heads"]
-    return state, {"args": args, "classes": classes} | heads
+    heads = {"heads": config["num_attention_heads"], "decoder_heads": config.get("decoder_num_attention_heads")}
+    return state, {"args": args, "classes": classes, "notes": notes} | heads
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`. ValueError: of a model that has no counterpart here."""
+    config = _json_object(folder / "config.json")
+    if config.get("model_type") not in ("vit_mae", "vit"):
+        raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}; vit_mae and vit can be converted")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"{folder}: hidden_act is {config['hidden_act']!r}; models here have the exact gelu only")
+    if "num_attention_heads" not in config:
+        raise ValueError(f"{folder}/config.json: num_attention_heads is missing; save_pretrained writes it")
+    return config
+
+
+def _other_epsilon(config: dict[str, Any]) -> str:
+    """A sentence where LayerNorm's epsilon is another than here, or nothing."""
+    theirs, ours = config.get("layer_norm_eps", 1e-12), models_mae.layer_norm(1).eps  # 1e-12: transformers' default
+    if theirs == ours:
+        return ""
+    return (
+        f"layer_norm_eps is {theirs:g} there and {ours:g} here, as MAE trains: results differ, little for usual images "
+        "and more for those of hardly any contrast"
+    )
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not the settings of a model")
+    return content
 
 
 def _read_safetensors(path: Path) -> tuple[convert.State, dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: no safetensors file ({error})") from error
+    state = _load(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
     return state, {name: json.loads(metadata[name]) for name in ("args", "grid", "classes") if name in metadata}
+
+
+def _load(path: Path) -> convert.State:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
 
 
 def _check_names(path: Path, settings: PretrainSettings, state: convert.State) -> None:
@@ -214,13 +266,15 @@ def _check_names(path: Path, settings: PretrainSettings, state: convert.State) -
         raise ValueError(f"{path}: not the architecture {settings.model}, name it with --model: {difference}")
 
 
-def _check_heads(path: Path, settings: PretrainSettings, content: dict[str, Any]) -> None:
+def _check_heads(path: Path, settings: PretrainSettings, content: dict[str, Any], state: convert.State) -> None:
     """The number of heads is in no tensor: another number would load, and compute something else."""
     if "heads" not in content:
         return
     with torch.device("meta"):
         model = main_pretrain.build_model(settings)
-    ours = {"heads": model.blocks[0].attn.num_heads, "decoder_heads": model.decoder_blocks[0].attn.num_heads}
+    ours = {"heads": model.blocks[0].attn.num_heads}
+    if "decoder_pred.weight" in state:
+        ours["decoder_heads"] = model.decoder_blocks[0].attn.num_heads
     for name, number in ours.items():
         if content.get(name, number) != number:
             raise ValueError(f"{path}: {content[name]} {name.replace('_', ' ')}, but {settings.model} has {number}")

@@ -14,6 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from safetensors import SafetensorError
+
 import exporting
 from util import cli
 
@@ -22,9 +24,32 @@ def main(argv: list[str] | None = None) -> None:
     """Read, write."""
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
-        found = exporting.read(given.checkpoint, given.source, given.model)
-        exporting.write(found, given.to, given.output)
+        check_output(given)
+        found = exporting.read(given.checkpoint, given.source, given.model, given.input_size)
+        try:
+            exporting.write(found, given.to, given.output)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"--output {given.output}: cannot be written ({error})") from error
+    for note in found.notes:
+        print(f"note: {note}")
     print(f"{found.kind} {found.settings.model}, {len(found.state)} tensors: {given.output}")
+
+
+def check_output(given: argparse.Namespace) -> None:
+    """ValueError if `--output` is what is read, or there already, without `--overwrite`."""
+    output, is_folder = given.output, given.to == "hf"
+    files = [output / name for name in exporting.HUGGING_FACE_FILES] if is_folder else [output]
+    if output.is_dir() and not is_folder:
+        raise ValueError(f"--output {output}: is a folder; name a file")
+    if output.is_file() and is_folder:
+        raise ValueError(f"--output {output}: is a file; name a folder")
+    source = Path(given.checkpoint)
+    read = [source / name for name in exporting.HUGGING_FACE_FILES] if source.is_dir() else [source]
+    if any(a.samefile(b) for a in files for b in read if a.exists() and b.exists()):
+        raise ValueError(f"--output {output}: is what is converted, and would be lost; choose another name")
+    there = [path for path in files if path.exists()]
+    if there and not given.overwrite:
+        raise ValueError(f"--output {output}: {there[0]} exists; choose another name, or replace it with --overwrite")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,7 +60,11 @@ def make_parser() -> argparse.ArgumentParser:
     direction.add_argument("--to", choices=exporting.FORMATS, help="format to write")
     direction.add_argument("--from", dest="source", choices=exporting.FORMATS, help="format to read; ours is written")
     parser.add_argument("--output", type=Path, required=True, help="file, or folder with --to hf")
+    parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     parser.add_argument("--model", help="name of the architecture, where the checkpoint does not tell")
+    parser.add_argument(
+        "--input_size", type=int, nargs="+", help="images' side, or height and width, where the checkpoint does not"
+    )
     return parser
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import runpy
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers import ROOT
+from PIL import Image
 from transformers import (
     ViTConfig,
     ViTForImageClassification,
@@ -15,13 +19,15 @@ from transformers import (
     ViTMAEConfig,
     ViTMAEForPreTraining,
     ViTMAEModel,
+    ViTModel,
 )
 
 import exporting
 import inspection
+import main_linprobe
 import main_pretrain
 import models_vit
-from util import checkpoint
+from util import checkpoint, transforms
 from util.config import PretrainSettings
 
 MINI = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
@@ -197,15 +203,201 @@ def test_what_the_other_library_has_not_is_said(tmp_path):
         exporting.read(tmp_path / "other.safetensors", "timm")
 
 
-def test_the_command(saved, tmp_path):
-    import runpy
+@pytest.fixture
+def command():
+    return runpy.run_path(str(ROOT / "scripts/export.py"), run_name="export")["main"]
 
-    from helpers import ROOT
 
-    main = runpy.run_path(str(ROOT / "scripts/export.py"), run_name="export")["main"]
-    main([str(saved[0]), "--to", "hf", "--output", str(tmp_path / "hf")])
-    main([str(tmp_path / "hf"), "--from", "hf", "--output", str(tmp_path / "back.pth")])
+def mistake(command, capsys, *arguments) -> str:
+    """What the command says in the one line that it ends with."""
+    with pytest.raises(SystemExit) as stop:
+        command([str(argument) for argument in arguments])
+    error = capsys.readouterr().err
+    assert (stop.value.code, error.count("\n")) == (2, 1), error
+    return error
+
+
+def test_the_command(saved, tmp_path, command):
+    command([str(saved[0]), "--to", "hf", "--output", str(tmp_path / "hf")])
+    command([str(tmp_path / "hf"), "--from", "hf", "--output", str(tmp_path / "back.pth")])
     assert_same(checkpoint.load(tmp_path / "back.pth")["model"], saved[1].state_dict())
     with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path / "none.pth"), "--to", "timm", "--output", str(tmp_path / "x.pth")])
+        command([str(tmp_path / "none.pth"), "--to", "timm", "--output", str(tmp_path / "x.pth")])
     assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("file", ["mae.pth", "timm.pth", "timm.safetensors", "safetensors.safetensors"])
+def test_images_that_are_not_square_keep_their_shape(tmp_path, file):
+    settings = PretrainSettings(model="mae_vit_mini_patch4", input_size=[8, 32])  # 2 x 8 patches; 4 x 4 would fit, too
+    path, model = save(tmp_path / "wide.pth", main_pretrain.build_model(settings), settings.as_dict(), [2, 8])
+    source = file.partition(".")[0]
+    convert(path, source, tmp_path / file)
+    content = back(tmp_path / file, source, tmp_path / "back.pth")
+    assert tuple(content["grid"]) == (2, 8)
+    opened = inspection.open_checkpoint(tmp_path / "back.pth")
+    images = torch.randn(2, 3, 8, 32)
+    with torch.no_grad():
+        ours = model.encode(model.embed(images), None)
+        torch.testing.assert_close(opened.model.encode(opened.model.embed(images), None), ours)
+        if file == "timm.pth":
+            sizes = MINI | {"img_size": (8, 32)}
+            other = timm.create_model(
+                "vit_base_patch16_224", num_classes=0, checkpoint_path=str(tmp_path / file), **sizes
+            )
+            torch.testing.assert_close(other.eval().forward_features(images), ours, rtol=1e-5, atol=1e-5)
+
+
+def test_a_shape_that_a_file_does_not_tell_can_be_given(tmp_path, command, capsys):
+    model = timm.create_model("vit_base_patch16_224", num_classes=0, **(MINI | {"img_size": (8, 32)}))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "theirs.safetensors")
+    arguments = [str(tmp_path / "theirs.safetensors"), "--from", "timm", "--output", str(tmp_path / "ours.pth")]
+    command(arguments)
+    assert (
+        "note: the file does not tell the shape of its images: 16 patches are taken as 4 x 4" in capsys.readouterr().out
+    )
+    command([*arguments, "--overwrite", "--input_size", "8", "32"])
+    assert "note" not in capsys.readouterr().out
+    opened = inspection.open_checkpoint(tmp_path / "ours.pth")
+    images = torch.randn(2, 3, 8, 32)
+    with torch.no_grad():
+        expected = model.eval().forward_features(images)
+        found = opened.model.encode(opened.model.embed(images), None)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    error = mistake(command, capsys, *arguments, "--overwrite", "--input_size", "32")
+    assert "--input_size [32]: " in error
+    assert "is of images of 16 patches of 4 x 4" in error
+
+
+@pytest.mark.parametrize("target", ["mae", "safetensors"])
+def test_a_probe_comes_back_whole(tmp_path, target):
+    flags = "--model vit_mini_patch4 --dataset digits --in_chans 1 --input_size 16 --num_workers 0 --warmup_epochs 0"
+    flags = [*flags.split(), "--epochs", "1", "--output_dir", str(tmp_path / "run")]
+    main_linprobe.main(flags)
+    probe = tmp_path / "run" / checkpoint.LAST
+    file = convert(probe, target, tmp_path / f"theirs.{'pth' if target == 'mae' else target}")
+    content = back(file, target, tmp_path / "back.pth")
+    assert_same(content["model"], checkpoint.load(probe)["model"])
+    main_linprobe.main([*flags, "--eval", "--resume", str(tmp_path / "back.pth")])
+
+
+def test_only_what_describes_the_model_goes_along(tmp_path):
+    private = {"data_path": "/data/mine", "output_dir": "/home/me/run", "finetune": "/home/me/start.pth"}
+    settings = PretrainSettings(model="mae_vit_mini_patch4", mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], **private)
+    path, _ = save(tmp_path / "ours.pth", main_pretrain.build_model(settings), settings.as_dict(), [4, 4])
+    for target, name in (
+        ("timm", "a.safetensors"),
+        ("safetensors", "b.safetensors"),
+        (None, "c.pth"),
+        ("mae", "d.pth"),
+    ):
+        content = convert(path, target, tmp_path / name).read_bytes()
+        assert not [value for value in private.values() if value.encode() in content]
+    content = back(tmp_path / "a.safetensors", "timm", tmp_path / "back.pth")
+    assert (content["args"]["mean"], content["args"]["std"]) == (settings.mean, settings.std)
+
+
+def test_hugging_faces_processor_prepares_pictures_as_here(tmp_path):
+    settings = PretrainSettings(model="mae_vit_mini_patch4", mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
+    path, _ = save(tmp_path / "ours.pth", main_pretrain.build_model(settings), settings.as_dict(), [4, 4])
+    processor = ViTImageProcessor.from_pretrained(convert(path, "hf", tmp_path / "hf"))
+    noise = torch.randint(0, 256, (40, 40, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = Image.fromarray(noise.numpy())
+    opened = inspection.open_checkpoint(path)
+    ours = opened.normalize(transforms.evaluation_transform((16, 16), 1.0)(picture)[None])
+    theirs = processor(picture, return_tensors="pt")["pixel_values"]
+    assert (theirs - ours).abs().max() < 0.03  # 8 bits of rounding are 1 / 255 / 0.5 = 0.008
+    nearest = opened.normalize(
+        torch.from_numpy(np.array(picture.resize((16, 16), Image.Resampling.NEAREST))).permute(2, 0, 1)[None]
+    )
+    assert (nearest - ours).abs().max() > 0.3
+
+
+HF_SIZES = {"image_size": 16, "patch_size": 4, "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 3}
+HF_SIZES |= {"intermediate_size": 384}
+HF_DECODER = {"decoder_hidden_size": 64, "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 256}
+HF_DECODER |= {"decoder_num_attention_heads": 2}
+
+
+def test_another_epsilon_or_activation_is_not_passed_over(tmp_path, command, capsys):
+    for epsilon in (1e-6, None):  # None: transformers' default
+        options = {} if epsilon is None else {"layer_norm_eps": epsilon}
+        ViTMAEForPreTraining(ViTMAEConfig(**HF_SIZES, **HF_DECODER, **options)).save_pretrained(tmp_path / "hf")
+        command([str(tmp_path / "hf"), "--from", "hf", "--output", str(tmp_path / "x.pth"), "--overwrite"])
+        said = "note: layer_norm_eps is 1e-12 there and 1e-06 here" in capsys.readouterr().out
+        assert said == (epsilon is None)
+    for activation in ("relu", "quick_gelu"):
+        config = ViTMAEConfig(**HF_SIZES, **HF_DECODER, layer_norm_eps=1e-6, hidden_act=activation)
+        ViTMAEForPreTraining(config).save_pretrained(tmp_path / "hf")
+        with pytest.raises(ValueError, match=f"hidden_act is '{activation}'; models here have the exact gelu only"):
+            exporting.read(tmp_path / "hf", "hf")
+
+
+@pytest.mark.parametrize("kind", ["mae", "vit"])
+def test_hugging_faces_encoders_alone_come_here(tmp_path, kind):
+    torch.manual_seed(0)
+    if kind == "mae":
+        other = ViTMAEModel(ViTMAEConfig(**HF_SIZES, layer_norm_eps=1e-6, mask_ratio=0.0)).eval()
+    else:
+        other = ViTModel(ViTConfig(**HF_SIZES, layer_norm_eps=1e-6)).eval()
+    for parameter in other.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    other.save_pretrained(tmp_path / "hf")
+    back(tmp_path / "hf", "hf", tmp_path / "ours.pth")
+    found = exporting.read(tmp_path / "hf", "hf")
+    assert found.kind == "encoder"
+    assert any("pooler is left out" in note for note in found.notes) == (kind == "vit")
+    opened, images = inspection.open_checkpoint(tmp_path / "ours.pth"), torch.randn(2, 3, 16, 16)
+    noise = {"noise": torch.arange(16).expand(2, 16) / 16} if kind == "mae" else {}
+    with torch.no_grad():
+        expected = other(images, **noise).last_hidden_state
+        tokens = opened.model.encode(opened.model.embed(images), None)
+    torch.testing.assert_close(tokens, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_exists_is_not_replaced_unless_told_to(saved, tmp_path, command, capsys):
+    path, _ = saved
+    content = path.read_bytes()
+    other = tmp_path / "run.pth"
+    other.write_bytes(content)
+    assert "is what is converted" in mistake(command, capsys, path, "--to", "mae", "--output", path, "--overwrite")
+    (tmp_path / "link.pth").symlink_to(path)
+    link = tmp_path / "link.pth"
+    assert "is what is converted" in mistake(command, capsys, path, "--to", "mae", "--output", link, "--overwrite")
+    assert "run.pth exists" in mistake(command, capsys, path, "--to", "mae", "--output", other)
+    assert path.read_bytes() == other.read_bytes() == content
+    command([str(path), "--to", "mae", "--output", str(other), "--overwrite"])
+    assert checkpoint.load(other).keys() == {"model", "grid"}
+    command([str(path), "--to", "hf", "--output", str(tmp_path / "hf")])
+    weights = tmp_path / "hf" / "model.safetensors"
+    assert "model.safetensors exists" in mistake(command, capsys, path, "--to", "hf", "--output", tmp_path / "hf")
+    again = [tmp_path / "hf", "--from", "hf", "--output"]
+    assert "must end in .pth" in mistake(command, capsys, *again, tmp_path / "hf" / "x.safetensors")
+    back_into_itself = [weights, "--to", "hf", "--output", tmp_path / "hf", "--overwrite"]
+    assert "is what is converted" in mistake(command, capsys, *back_into_itself)
+
+
+def test_a_mistake_is_one_line(saved, tmp_path, command, capsys):
+    path, _ = saved
+    (tmp_path / "d.pth").mkdir()
+    (tmp_path / "file").write_text("x")
+    to_timm, to_hf = [path, "--to", "timm", "--output"], [path, "--to", "hf", "--output"]
+    assert "d.pth: is a folder; name a file" in mistake(command, capsys, *to_timm, tmp_path / "d.pth")
+    assert "file: is a file; name a folder" in mistake(command, capsys, *to_hf, tmp_path / "file")
+    assert "cannot be written" in mistake(command, capsys, *to_hf, tmp_path / "file" / "sub")
+    assert "cannot be written" in mistake(command, capsys, *to_timm, "/proc/none/x.pth")
+    assert "cannot be written" in mistake(command, capsys, *to_timm, "/proc/x.safetensors")
+    convert(path, "hf", tmp_path / "hf")
+    config, from_hf = tmp_path / "hf" / "config.json", [tmp_path / "hf", "--from", "hf", "--output", tmp_path / "x.pth"]
+    good = json.loads(config.read_text())
+    broken = [
+        ("{", "config.json: cannot be read as JSON"),
+        ("[1]", "config.json: holds a list, not the settings of a model"),
+        (json.dumps({"model_type": "vit_mae"}), "config.json: num_attention_heads is missing"),
+        (json.dumps(good | {"model_type": "bert"}), "model_type is 'bert'"),
+    ]
+    for text, message in broken:
+        config.write_text(text)
+        assert message in mistake(command, capsys, *from_hf)
+    config.write_text(json.dumps(good))
+    (tmp_path / "hf" / "model.safetensors").write_text("x")
+    assert "model.safetensors: damaged, or no safetensors file" in mistake(command, capsys, *from_hf)

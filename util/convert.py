@@ -66,7 +66,12 @@ def to_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def from_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
-    """The inverse of `to_hugging_face`, for files of old and new versions of transformers. ValueError: other names."""
+    """The inverse of `to_hugging_face`, for files of old and new versions of transformers. ValueError: other names.
+
+    Those of an encoder alone, `ViTMAEModel` or `ViTModel`, lack the `vit.` of the larger models' names.
+    """
+    if "embeddings.cls_token" in state:
+        state = {f"vit.{name}": tensor for name, tensor in state.items()}
     state = {_published_name(name): tensor for name, tensor in state.items()}
     outside, inside = ({theirs: ours for ours, theirs in names.items()} for names in (_OUTSIDE_BLOCKS, _IN_BLOCK))
     blocks = {theirs: ours for ours, theirs in _BLOCKS.items()}
