@@ -239,10 +239,11 @@ def test_a_strategy_of_ones_own_from_the_current_folder(pictures, tmp_path):
 
 def test_a_run_takes_its_loader_workers_with_it(pictures, tmp_path):
     """Several in one process, as in a notebook, would gather hundreds."""
+    before = set(multiprocessing.active_children())  # of tests that interrupted a run, where pytest holds its traceback
     pretrain(pictures, tmp_path / "encoder", "--num_workers", 2, "--epochs", 2, "--eval_every", 1)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
     supervised(main_linprobe, pictures, tmp_path / "probe", "--num_workers", 2, "--epochs", 2)
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_more_workers_than_cores_only_warn(pictures, tmp_path):
