@@ -218,16 +218,16 @@ def only(given: argparse.Namespace, run: sweep_run.SweepRun) -> list[str]:
 def run_locally(runs: list[sweep_run.SweepRun], given: argparse.Namespace) -> int:
     """`--parallel` runs at a time, each in a process. Returns how many failed; exit status 75 if it was stopped."""
     failures, processes, parallel = 0, Processes(), given.parallel or 1
-    shares = queue.SimpleQueue()
-    for share in gpu_shares(parallel, given.ngpus):
-        shares.put(share)
+    free = queue.SimpleQueue()
+    for share in shares(parallel, given.ngpus):
+        free.put(share)
 
     def do(run: sweep_run.SweepRun) -> tuple[int, str]:
-        share = shares.get()
+        share = free.get()
         try:
             return processes(only(given, run), **share)
         finally:
-            shares.put(share)
+            free.put(share)
 
     with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
         jobs = {pool.submit(do, run): run for run in runs}
@@ -241,16 +241,16 @@ def run_locally(runs: list[sweep_run.SweepRun], given: argparse.Namespace) -> in
     return failures
 
 
-def gpu_shares(parallel: int, ngpus: int) -> list[dict[str, str]]:
-    """CUDA_VISIBLE_DEVICES for each of the runs at a time: the GPUs in turns. Nothing where there are too few."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = (
-        list(map(str, range(torch.cuda.device_count()))) if given is None else [gpu for gpu in given.split(",") if gpu]
-    )
+def shares(parallel: int, ngpus: int) -> list[dict[str, str]]:
+    """Environment of each of the runs at a time: the GPUs in turns, if there are enough for one; part of the cores."""
+    here = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", here).split(",") if gpu]
     groups = [",".join(gpus[first : first + ngpus]) for first in range(0, len(gpus) - ngpus + 1, ngpus)]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // parallel))  # or each takes all cores, and waits for the others
+    common = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     if not groups:
-        return [{}] * parallel
-    return [{"CUDA_VISIBLE_DEVICES": groups[place % len(groups)]} for place in range(parallel)]
+        return [common] * parallel
+    return [common | {"CUDA_VISIBLE_DEVICES": groups[place % len(groups)]} for place in range(parallel)]
 
 
 def submit(runs: list[sweep_run.SweepRun], given: argparse.Namespace) -> int:

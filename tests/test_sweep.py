@@ -335,14 +335,19 @@ def test_lists_in_the_grid_an_untrained_model_and_columns_of_later_runs(tmp_path
     assert run(path, "--output", output).stdout.startswith("3 runs, 3 done\n")
 
 
-def test_runs_at_the_same_time_take_the_gpus_in_turns(monkeypatch):
+def test_runs_at_the_same_time_share_gpus_and_cores(monkeypatch):
     module = runpy.run_path(str(ROOT / "scripts/sweep.py"), run_name="sweep")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
-    seen = [module["gpu_shares"](parallel, ngpus) for parallel, ngpus in ((4, 1), (2, 2), (1, 4))]
-    name = "CUDA_VISIBLE_DEVICES"
-    assert seen == [[{name: "0"}, {name: "1"}, {name: "2"}, {name: "0"}], [{name: "0,1"}] * 2, [{}]]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert module["gpu_shares"](2, 1) == [{}, {}]
+    name, shares = "CUDA_VISIBLE_DEVICES", module["shares"]
+    monkeypatch.setenv(name, "0,1,2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert [share[name] for share in shares(4, 1)] == ["0", "1", "2", "0"]
+    assert [share[name] for share in shares(2, 2)] == ["0,1", "0,1"]
+    assert shares(1, 4) == [{"OMP_NUM_THREADS": "3"}]
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    cores = len(os.sched_getaffinity(0))
+    assert shares(1, 1) == [{"OMP_NUM_THREADS": str(cores)}]
+    assert shares(cores, 1) == shares(2 * cores, 1)[:cores] == [{"OMP_NUM_THREADS": "1"}] * cores
     command = [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     try:
