@@ -369,6 +369,29 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "link").read_text() == "the one before"  # the file was replaced, not written over
 
 
+@pytest.mark.parametrize(("flags", "array"), [([], "0-2%3"), (["--parallel", 2], "0-2%2")])
+def test_the_jobs_of_an_array_run_at_a_time_unless_limited(tmp_path, flags, array):
+    """A command named sbatch stands in for SLURM's; what it is given is read."""
+    (tmp_path / "sbatch").write_text(f"#!/bin/sh\ncp $1 {tmp_path}/given\necho Submitted batch job 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    path, variables = tiny(tmp_path, grid={"seed": [0, 1, 2]}), {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = [
+        sys.executable,
+        ROOT / "scripts/sweep.py",
+        path,
+        "--output",
+        tmp_path / "o",
+        "--cluster",
+        "slurm",
+        *flags,
+    ]
+    result = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env=environment(**variables), cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"#SBATCH --array={array}\n" in (tmp_path / "given").read_text()
+
+
 def test_through_submitit_without_slurm(tmp_path):
     path = write(tmp_path, grid={"masking": ["random"], "seed": [0]}, skip=[], adjust=[])
     result = run(path, "--output", tmp_path / "o", "--cluster", "local", "--cpus_per_task", 1, "--timeout", 5)
