@@ -2,6 +2,7 @@
 # The main job on real pictures, on any machine: pre-train on handwritten digits, probe, fine-tune, compare.
 # Usage: scripts/demo.sh [random|sbam|sbam_amr|all]     (default: sbam_amr)
 # Writes output_demo/, prints a table, draws output_demo/<strategy>/masks.png; exit status 1 if pre-training did not help.
+# `all` ends with a small sweep over mask ratios: its plot and its PIMR table.
 strategy=${1:-sbam_amr}
 case $strategy in
   all) strategies="random sbam sbam_amr" ;;
@@ -48,3 +49,12 @@ for strategy in $strategies; do
     --finetune "$run/pretrain/checkpoint-last.pth" --output_dir "$run/finetune"
 done
 python scripts/demo_report.py "$out" $strategies
+
+if [ "$strategy" = all ]; then
+  echo
+  step "sweep: 3 strategies x 3 mask ratios" "$out/sweep.log" \
+    python scripts/sweep.py configs/sweeps/digits_demo.yaml --output "$out/sweep" --parallel 2
+  python scripts/plot.py "$out/sweep/results.csv" --x mask_ratio --y knn linear --lines masking --pimr \
+    --output "$out/sweep.png"
+  python scripts/pimr.py "$out/sweep/results.csv" --metric knn
+fi

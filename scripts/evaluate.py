@@ -45,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     if given.output:
         path = Path(given.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.replace(path)  # whole or not at all
 
 
 def check_output(output: str | None) -> None:

@@ -13,17 +13,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util import cli, pimr, plots, tables, visualize
+from util import cli, pimr, plots, tables
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the accuracies, average over seeds, print the table, draw."""
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
-        rows = tables.read_csv(given.table)
-        found = plots.curves(rows, given.ratio, given.metric, given.method)
-        accuracies = {c.name: {r: s.mean for r, s in zip(c.x, c.summaries, strict=True)} for c in found}
+        rows = tables.where(tables.read_csv(given.table), given.where)
+        accuracies, left_out = plots.accuracies(plots.curves(rows, given.ratio, given.metric, given.method))
         own, together = {name: pimr.pimr(a) for name, a in accuracies.items()}, pimr.global_pimr(accuracies)
+        if left_out:
+            print(left_out)
         print(f"{given.method:16}{given.ratio:>12}{given.metric:>16}{'PIMR':>8}{'Global PIMR':>13}")
         for name, values in accuracies.items():
             for ratio, accuracy in values.items():
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name:16}{'mean':>12}{'':>16}{pimr.mean(own[name]):>8.3f}{pimr.mean(together[name]):>13.3f}")
         if given.plot:
             figure = plots.draw(rows, given.ratio, [given.metric], given.method, with_pimr=True)
-            visualize.save(figure, given.plot)
+            plots.save(figure, "--plot", given.plot)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -41,6 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--metric", default="knn", help="column of accuracies, in percent")
     parser.add_argument("--method", default="masking", help="column that names the method")
     parser.add_argument("--ratio", default="mask_ratio", help="column of mask ratios")
+    parser.add_argument(
+        "--where", nargs="+", default=[], metavar="NAME=VALUE", help="only these rows, such as checkpoint=last"
+    )
     parser.add_argument("--plot", type=Path, help="PNG or PDF: accuracies, PIMR, Global PIMR")
     return parser
 

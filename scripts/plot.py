@@ -1,6 +1,8 @@
 #!/usr/bin/env python3
 """Draw a sweep's table: means over seeds, with 95% confidence intervals from three seeds on.
 
+Only seeds are averaged over: what else differs is on an axis, is `--lines`, or is chosen with `--where`.
+
 scripts/plot.py output/fig3/results.csv --x mask_ratio --y finetune_acc1 linprobe_acc1 --lines masking --pimr
 scripts/plot.py output/fig4/results.csv --x checkpoint --y finetune_acc1 linprobe_acc1 --lines masking
 """
@@ -13,19 +15,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util import cli, plots, tables, visualize
+from util import cli, plots, tables
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read, draw, write."""
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
-        rows = tables.read_csv(given.table)
+        rows = tables.where(tables.read_csv(given.table), given.where)
         output = given.output or Path(given.table).with_suffix(".png")
-        if output.suffix not in (".png", ".pdf"):
-            raise ValueError(f"--output {output}: the name must end in .png or .pdf")
-        figure = plots.draw(rows, given.x, given.y, given.lines, given.pimr)
-    visualize.save(figure, output)
+        plots.save(plots.draw(rows, given.x, given.y, given.lines, given.pimr), "--output", output)
+    for metric in given.y if given.pimr else ():
+        left_out = plots.accuracies(plots.curves(rows, given.x, metric, given.lines))[1]
+        if left_out:
+            print(f"{metric}: {left_out}")
     print(f"picture: {output}")
 
 
@@ -36,6 +39,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--x", default="mask_ratio", help="column of the horizontal axis")
     parser.add_argument("--y", nargs="+", default=["knn"], help="columns to draw, a panel each")
     parser.add_argument("--lines", help="column whose values are lines, such as masking")
+    parser.add_argument(
+        "--where", nargs="+", default=[], metavar="NAME=VALUE", help="only these rows, such as checkpoint=last"
+    )
     parser.add_argument("--pimr", action="store_true", help="also PIMR and Global PIMR, as in the SBAM paper's Fig. 3")
     parser.add_argument("--output", type=Path, help="PNG or PDF; default: beside the table")
     return parser

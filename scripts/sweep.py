@@ -13,35 +13,49 @@ import concurrent.futures
 import contextlib
 import importlib
 import os
+import queue
 import runpy
 import shlex
 import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util import cli, control, sweep, tables
+import torch
+
+from util import cli, control, lock, sweep, sweep_run, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def do_run(run: sweep.SweepRun, ngpus: int) -> int:
+def do_run(run: sweep_run.SweepRun, ngpus: int) -> int:
     """The steps of one run that are left, in order. The exit status of the first that fails, which is told; else 0."""
-    for step in run.left():
-        step.folder.mkdir(parents=True, exist_ok=True)
-        log = step.folder / "output.txt"
-        with open(log, "a") as file:
-            status = _launch(step, file, ngpus) if ngpus > 1 else _call(step, file)
-        if status or not step.is_done():
-            print(f"{step.task} was stopped" if status == control.PREEMPTED else f"{step.task} failed, see {log}")
-            return status or 1
+    run.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = lock.hold(run.folder, wait_s=0, flag="--output")
+    except ValueError as error:  # of another sweep at the same time
+        print(f"not done: {error}")
+        return 1
+    with held or contextlib.nullcontext():
+        for step in run.steps:
+            if step.is_done():
+                continue
+            step.begin()
+            log = step.folder / "output.txt"
+            with open(log, "a") as file:
+                status = _launch(step, file, ngpus) if ngpus > 1 else _call(step, file)
+            if status or not step.is_done():
+                print(f"{step.task} was stopped" if status == control.PREEMPTED else f"{step.task} failed, see {log}")
+                return status or 1
     return 0
 
 
-def _launch(step: sweep.Step, file, ngpus: int) -> int:
+def _launch(step: sweep_run.Step, file, ngpus: int) -> int:
     launcher = [sys.executable]
     if step.task != "evaluate":
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpus}"]
@@ -49,7 +63,7 @@ def _launch(step: sweep.Step, file, ngpus: int) -> int:
     return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
 
 
-def _call(step: sweep.Step, file) -> int:
+def _call(step: sweep_run.Step, file) -> int:
     """Run a step in this process, which has paid for the imports already."""
     with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
@@ -75,11 +89,13 @@ class Processes:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
 
-    def __call__(self, command: list[str]) -> tuple[int, str]:
-        """Exit status, and what was printed."""
+    def __call__(self, command: list[str], **variables: str) -> tuple[int, str]:
+        """Exit status, and what was printed, with these environment variables besides this process's own."""
         if self.stopped:
             return control.PREEMPTED, "not begun"
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | variables
+        )
         self._groups.add(process.pid)
         if self.stopped:  # while it was started
             _end(process.pid)
@@ -119,40 +135,102 @@ def main(argv: list[str] | None = None) -> None:
     """Expand, run what is left, gather; exit status 1 if a run failed."""
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
-        content = sweep.load(given.sweep)
-        runs = sweep.expand(content, given.output)
-        if given.only and given.only not in {run.folder.name for run in runs}:
-            raise ValueError(f"--only {given.only}: the sweep has no run of this name, such as {runs[0].folder.name}")
-        if given.parallel < 1 or given.ngpus < 1:
-            raise ValueError(f"--parallel {given.parallel} --ngpus {given.ngpus}: must be at least 1")
+        content, runs = open_sweep(given)
     if given.dry_run:
         for run in runs:
             for step in run.left():
                 print(shlex.join(["python", step.script, *step.argv]))
         return
     if given.only:
-        sys.exit(do_run(next(run for run in runs if run.folder.name == given.only), given.ngpus))
+        sys.exit(do_run(runs[0], given.ngpus))
     failures = 0
     if not given.gather:
         left = [run for run in runs if run.left()]
         print(f"{len(runs)} runs, {len(runs) - len(left)} done", flush=True)
+        adopted = sum(step.is_adopted() for run in runs for step in run.steps)
+        if adopted:
+            print(f"{adopted} measurements have no command.json: taken to be those of the sweep file as it is now")
         failures = run_locally(left, given) if given.cluster is None else submit(left, given)
     gather(runs, Path(given.output or content["output"]), list(content["grid"]))
     sys.exit(1 if failures else 0)
 
 
-def only(given: argparse.Namespace, run: sweep.SweepRun) -> list[str]:
+def open_sweep(given: argparse.Namespace) -> tuple[dict[str, Any], list[sweep_run.SweepRun]]:
+    """The sweep file and its runs (with `--only`: that one), every command checked. ValueError: a user's mistake."""
+    if (given.parallel is not None and given.parallel < 1) or given.ngpus < 1:
+        raise ValueError(f"--parallel {given.parallel} --ngpus {given.ngpus}: must be at least 1")
+    content = sweep.load(given.sweep)
+    try:
+        runs = sweep.expand(content, given.output)
+        if given.only:
+            runs = [only_run(given.only, runs)]
+        with as_one_of(given.ngpus):
+            sweep.check(runs)
+        check_evaluations(runs)
+    except ValueError as error:
+        raise ValueError(f"{given.sweep}: {error}") from error
+    return content, runs
+
+
+def only_run(name: str, runs: list[sweep_run.SweepRun]) -> sweep_run.SweepRun:
+    """The run of this name. ValueError: there is none."""
+    found = [run for run in runs if run.folder.name == name]
+    if not found:
+        raise ValueError(f"--only {name}: the sweep has no run of this name, such as {runs[0].folder.name}")
+    return found[0]
+
+
+@contextlib.contextmanager
+def as_one_of(processes: int) -> Iterator[None]:
+    """Within it, settings are checked for trainings of so many processes."""
+    before = os.environ.get("WORLD_SIZE")
+    os.environ["WORLD_SIZE"] = str(processes)
+    try:
+        yield
+    finally:
+        os.environ.pop("WORLD_SIZE")
+        if before is not None:
+            os.environ["WORLD_SIZE"] = before
+
+
+def check_evaluations(runs: list[sweep_run.SweepRun]) -> None:
+    """ValueError if scripts/evaluate.py does not take the flags of an evaluation."""
+    steps = [step for run in runs for step in run.steps if step.task == "evaluate"]
+    if not steps:
+        return
+    parser = runpy.run_path(str(ROOT / steps[0].script), run_name="evaluate")["make_parser"]()
+
+    def refuse(message: str) -> NoReturn:
+        raise ValueError(f"measure.evaluate: {message}; scripts/evaluate.py --help lists the flags")
+
+    parser.error = refuse
+    for step in steps:
+        parser.parse_args(list(step.argv))
+
+
+def only(given: argparse.Namespace, run: sweep_run.SweepRun) -> list[str]:
     """The command that does one run."""
     command = [sys.executable, str(ROOT / "scripts/sweep.py"), given.sweep, "--ngpus", str(given.ngpus)]
     command += ["--output", given.output] if given.output else []
     return [*command, "--only", run.folder.name]
 
 
-def run_locally(runs: list[sweep.SweepRun], given: argparse.Namespace) -> int:
+def run_locally(runs: list[sweep_run.SweepRun], given: argparse.Namespace) -> int:
     """`--parallel` runs at a time, each in a process. Returns how many failed; exit status 75 if it was stopped."""
-    failures, processes = 0, Processes()
-    with concurrent.futures.ThreadPoolExecutor(given.parallel) as pool:
-        jobs = {pool.submit(processes, only(given, run)): run for run in runs}
+    failures, processes, parallel = 0, Processes(), given.parallel or 1
+    free = queue.SimpleQueue()
+    for share in shares(parallel, given.ngpus):
+        free.put(share)
+
+    def do(run: sweep_run.SweepRun) -> tuple[int, str]:
+        share = free.get()
+        try:
+            return processes(only(given, run), **share)
+        finally:
+            free.put(share)
+
+    with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+        jobs = {pool.submit(do, run): run for run in runs}
         for number, job in enumerate(concurrent.futures.as_completed(jobs), 1):
             status, said = job.result()
             failures += status != 0
@@ -163,8 +241,20 @@ def run_locally(runs: list[sweep.SweepRun], given: argparse.Namespace) -> int:
     return failures
 
 
-def submit(runs: list[sweep.SweepRun], given: argparse.Namespace) -> int:
-    """One job array, at most `--parallel` of it at a time. Waits only for jobs on this machine."""
+def shares(parallel: int, ngpus: int) -> list[dict[str, str]]:
+    """Environment of each of the runs at a time: the GPUs in turns, if there are enough for one; part of the cores."""
+    here = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", here).split(",") if gpu]
+    groups = [",".join(gpus[first : first + ngpus]) for first in range(0, len(gpus) - ngpus + 1, ngpus)]
+    threads = str(max(1, len(os.sched_getaffinity(0)) // parallel))  # or each takes all cores, and waits for the others
+    common = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    if not groups:
+        return [common] * parallel
+    return [common | {"CUDA_VISIBLE_DEVICES": groups[place % len(groups)]} for place in range(parallel)]
+
+
+def submit(runs: list[sweep_run.SweepRun], given: argparse.Namespace) -> int:
+    """One job array; with `--parallel`, at most so many jobs at a time. Waits only for jobs on this machine."""
     try:
         import submitit
     except ImportError:
@@ -174,7 +264,7 @@ def submit(runs: list[sweep.SweepRun], given: argparse.Namespace) -> int:
     executor = submitit.AutoExecutor(folder, cluster=given.cluster, slurm_max_num_timeout=100_000)
     parameters = {"name": "sweep", "timeout_min": given.timeout, "cpus_per_task": given.cpus_per_task}
     if given.cluster == "slurm":
-        parameters |= {"gpus_per_node": given.ngpus, "slurm_array_parallelism": given.parallel}
+        parameters |= {"gpus_per_node": given.ngpus, "slurm_array_parallelism": given.parallel or len(runs)}
         names = ("partition", "account", "qos", "constraint")
         parameters |= {f"slurm_{name}": getattr(given, name) for name in names if getattr(given, name)}
     executor.update_parameters(**parameters)
@@ -186,7 +276,7 @@ def submit(runs: list[sweep.SweepRun], given: argparse.Namespace) -> int:
     return sum(job.result() != 0 for job in jobs)
 
 
-def gather(runs: list[sweep.SweepRun], output: Path, keys: list[str]) -> None:
+def gather(runs: list[sweep_run.SweepRun], output: Path, keys: list[str]) -> None:
     """Write results.csv and results.md, and print the latter."""
     rows = [row for run in runs for row in run.rows()]
     if not rows:
@@ -195,7 +285,8 @@ def gather(runs: list[sweep.SweepRun], output: Path, keys: list[str]) -> None:
     output.mkdir(parents=True, exist_ok=True)
     tables.write_csv(output / "results.csv", rows)
     keys = [name for name in keys if name != "seed"]
-    metrics = [name for name in rows[0] if name not in (*keys, "seed", "checkpoint", "seconds")]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    metrics = [name for name in columns if name not in (*keys, "seed", "checkpoint", "seconds")]
     table = tables.markdown(rows, [*keys, "checkpoint"], metrics)
     (output / "results.md").write_text(table)
     print(table)
@@ -206,7 +297,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", help="YAML file, see util/sweep.py and configs/sweeps/")
     parser.add_argument("--output", help="folder for all runs; default: the file's")
-    parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
+    parser.add_argument("--parallel", type=int, help="runs at a time; default: 1, on SLURM all")
     parser.add_argument("--ngpus", type=int, default=1, help="GPUs, and processes, of a run")
     parser.add_argument("--dry_run", action="store_true", help="print the commands that are left")
     parser.add_argument("--gather", action="store_true", help="only make the table of what is there")

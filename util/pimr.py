@@ -36,6 +36,20 @@ def global_pimr(methods: Mapping[str, Accuracies]) -> dict[str, dict[float, floa
     return {name: _normalized(accuracies, extremes) for name, accuracies in methods.items()}
 
 
+def common(methods: Mapping[str, Accuracies]) -> tuple[dict[str, dict[float, float]], list[float]]:
+    """The methods at the mask ratios that all of them have, for a fair comparison; and the ratios left out.
+
+    Raises:
+        ValueError: they have none in common.
+    """
+    ratios = dict.fromkeys(ratio for accuracies in methods.values() for ratio in accuracies)
+    shared = [ratio for ratio in ratios if all(ratio in accuracies for accuracies in methods.values())]
+    if not shared:
+        raise ValueError(f"PIMR: {', '.join(methods)} have no mask ratio in common; compare fewer of them")
+    kept = {name: {ratio: accuracies[ratio] for ratio in shared} for name, accuracies in methods.items()}
+    return kept, [ratio for ratio in ratios if ratio not in shared]
+
+
 def mean(values: Mapping[float, float]) -> float:
     """One number for a method: the mean over its mask ratios."""
     return sum(values.values()) / len(values)

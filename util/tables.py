@@ -49,24 +49,72 @@ def read_csv(path: str | Path) -> list[Row]:
     try:
         with open(path, newline="") as file:
             rows = [{k: _value(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as CSV ({error})") from error
     if not rows:
         raise ValueError(f"{path}: holds no result")
     return rows
 
 
+def where(rows: list[Row], conditions: list[str]) -> list[Row]:
+    """The rows that match every `NAME=VALUE`. ValueError: not of this form, or no row does."""
+    for condition in conditions:
+        name, equals, value = condition.partition("=")
+        if not equals:
+            raise ValueError(f"--where {condition}: write NAME=VALUE, such as checkpoint=last")
+        _check_column(rows, name)
+        kept = [row for row in rows if row.get(name) == _value(value)]
+        if not kept:
+            found = ", ".join(map(str, dict.fromkeys(row[name] for row in rows if name in row)))
+            raise ValueError(f"--where {condition}: no row has it; {name} is {found}")
+        rows = kept
+    return rows
+
+
 def group(rows: list[Row], keys: list[str], metric: str) -> dict[tuple, Summary]:
-    """`metric` summarized over all rows that agree in `keys`. ValueError: a column that no row has."""
+    """`metric` summarized over the seeds of all rows that agree in `keys`.
+
+    Raises:
+        ValueError: a column that no row has; or rows that agree in `keys` and differ in more than the seed and what
+            was measured.
+    """
     for name in (*keys, metric):
-        if not any(name in row for row in rows):
-            columns = ", ".join(dict.fromkeys(column for row in rows for column in row))
-            raise ValueError(f"the table has no column {name!r}; it has {columns}")
-    groups: dict[tuple, list[float]] = {}
+        _check_column(rows, name)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if metric in row:
-            groups.setdefault(tuple(row.get(key) for key in keys), []).append(float(row[metric]))
-    return {key: summarize(values) for key, values in groups.items()}
+            groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
+    for found in groups.values():
+        _check_only_seeds_differ(found, keys, metric, columns)
+    return {key: summarize([_number(row, metric) for row in found]) for key, found in groups.items()}
+
+
+def _check_only_seeds_differ(rows: list[Row], keys: list[str], metric: str, columns: list[str]) -> None:
+    """A sweep's settings are the columns up to `checkpoint`. In other tables, rows of one seed show what differs."""
+    settings = columns[: columns.index("checkpoint") + 1] if "checkpoint" in columns else []
+    if len({row.get("seed") for row in rows}) < len(rows):
+        settings = columns
+    for name in settings:
+        values = list(dict.fromkeys(row.get(name) for row in rows))
+        if name not in (*keys, "seed", metric) and len(values) > 1:
+            point = " ".join(f"{key}={rows[0].get(key)}" for key in keys)
+            raise ValueError(
+                f"the table has results with {name} {' and '.join(map(str, values[:3]))} at {point}, "
+                f"and only seeds are averaged; choose one with --where {name}={values[-1]}"
+            )
+
+
+def _check_column(rows: list[Row], name: str) -> None:
+    if not any(name in row for row in rows):
+        columns = ", ".join(dict.fromkeys(column for row in rows for column in row))
+        raise ValueError(f"the table has no column {name!r}; it has {columns}")
+
+
+def _number(row: Row, name: str) -> float:
+    if not isinstance(row[name], (int, float)):
+        raise ValueError(f"the column {name!r} holds {row[name]!r}, which is no number; name another one")
+    return float(row[name])
 
 
 def markdown(rows: list[Row], keys: list[str], metrics: list[str]) -> str:
