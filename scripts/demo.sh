@@ -50,7 +50,7 @@ for strategy in $strategies; do
 done
 python scripts/demo_report.py "$out" $strategies
 
-if [ "$strategy" = all ]; then
+if [ "${1:-}" = all ]; then
   echo
   step "sweep: 3 strategies x 3 mask ratios" "$out/sweep.log" \
     python scripts/sweep.py configs/sweeps/digits_demo.yaml --output "$out/sweep" --parallel 2
