@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from util import cli, control, lock, sweep, sweep_run, tables
+from util import cli, control, dist, lock, sweep, sweep_run, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -246,7 +246,7 @@ def shares(parallel: int, ngpus: int) -> list[dict[str, str]]:
     here = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", here).split(",") if gpu]
     groups = [",".join(gpus[first : first + ngpus]) for first in range(0, len(gpus) - ngpus + 1, ngpus)]
-    threads = str(max(1, len(os.sched_getaffinity(0)) // parallel))  # or each takes all cores, and waits for the others
+    threads = str(max(1, dist.usable_cores() // parallel))  # or each takes all cores, and waits for the others
     common = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     if not groups:
         return [common] * parallel

@@ -129,6 +129,14 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
     assert noticed > 100
 
 
+def test_a_damaged_checkpoint_does_not_replace_the_one_before_it(tmp_path):
+    fill(tmp_path)
+    (tmp_path / checkpoint.LAST).write_bytes(b"PK")
+    fill(tmp_path, steps=(3,))
+    steps = [checkpoint.load(tmp_path / name)["step"] for name in (checkpoint.LAST, checkpoint.PREVIOUS)]
+    assert steps == [3, 1]
+
+
 def test_all_damaged_is_said(tmp_path):
     fill(tmp_path)
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):

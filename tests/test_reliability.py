@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import main_linprobe
 import main_pretrain
 import masking
 from util import checkpoint, control, lock
+from util.step import GradientStep
 
 MODEL = ["--model", "mae_vit_mini_patch4", "--norm_pix_loss", "--warmup_epochs", 0, "--lr", 1e-3, "--print_freq", 1]
 
@@ -143,8 +145,6 @@ def test_a_stop_during_evaluation_and_a_stop_before_the_first_step(pictures, tmp
 
 def test_one_step_with_nan_is_as_if_its_batch_had_been_left_out(pictures, tmp_path):
     """Its images carry no weight: the same run, in which that step's gradient is thrown away by hand."""
-    from util.step import GradientStep
-
     with injected([{"kind": "nan", "forward": 3}]):
         lines = pretrain(pictures, tmp_path / "nan", "--epochs", 1)
     assert lines[0]["train_skipped_steps"] == pytest.approx(1 / 7)
@@ -171,6 +171,99 @@ def test_too_many_in_a_row_end_the_run_with_names_and_a_good_checkpoint(pictures
     assert found["step"] == 14
     assert all(value.isfinite().all() for value in found["model"].values())
     assert int(found["optimizer"]["state"][0]["step"]) == 3
+
+
+def test_a_skipped_step_leaves_running_statistics_alone():
+    """BatchNorm, in the probe's head, changes them in the forward pass already."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2))
+    scaler = torch.amp.GradScaler(enabled=False)
+    update = GradientStep(model, torch.optim.SGD(model.parameters(), 0.1), scaler, nominal_count=4)
+
+    def step(inputs) -> bool:
+        loss = model(inputs).sum()
+        update.backward(loss)
+        return bool(update.apply(torch.tensor(4.0), loss, 4).skipped)
+
+    assert not step(torch.randn(4, 3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert step(torch.full((4, 3), float("nan")))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not step(torch.randn(4, 3))
+    assert not torch.equal(model[0].running_mean, before["0.running_mean"])
+
+
+def test_an_optimizer_that_was_not_fused_continues(pictures, tmp_path):
+    pretrain(pictures, tmp_path / "one", "--epochs", 1)
+    saved = content(tmp_path / "one")
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = None
+    checkpoint.save(tmp_path / "unfused.pth", saved)
+    assert len(pretrain(pictures, tmp_path / "two", "--resume", tmp_path / "unfused.pth")) == 1
+    saved["optimizer"]["param_groups"].pop()
+    checkpoint.save(tmp_path / "unfused.pth", saved)
+    with pytest.raises(SystemExit) as stop:
+        pretrain(pictures, tmp_path / "three", "--resume", tmp_path / "unfused.pth")
+    assert stop.value.code == 2
+
+
+def test_other_settings_of_a_continued_run_are_said(pictures, tmp_path, capsys):
+    pretrain(pictures, tmp_path, "--epochs", 1)
+    capsys.readouterr()
+    pretrain(pictures, tmp_path, "--epochs", 1, "--masking", "sbam", "--num_workers", 1)
+    said = capsys.readouterr().out
+    assert "settings that were others before: --masking random -> sbam\n" in said
+
+
+def test_processes_that_find_different_checkpoints_do_not_train(pictures, tmp_path):
+    pretrain(pictures, tmp_path / "0", "--effective_batch_size", 4, "--epochs", 1)
+    script = tmp_path / "local_folders.py"
+    script.write_text(
+        "import os, sys, main_pretrain\n"
+        f"main_pretrain.main([*sys.argv[1:], '--output_dir', r'{tmp_path}/' + os.environ['RANK']])\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    given = flags(pictures, tmp_path / "1", "--effective_batch_size", 4, "--batch_size", 2)
+    result = subprocess.run([*map(str, launcher), *given], capture_output=True, text=True, env=environment())
+    assert result.returncode != 0
+    assert "the processes found different checkpoints there, of step 0 and of step 7" in result.stderr
+    assert content(tmp_path / "0")["step"] == 7
+
+
+@pytest.mark.parametrize("more", [[], ["--eval"]], ids=["training", "eval"])
+def test_a_signal_ends_the_waiting_for_validation_pictures(pictures, tmp_path, more):
+    """A pipe that nobody writes to stands for a file server that does not answer."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    task = ["--data_path", folder, "--model", "vit_tiny_patch4", "--input_size", 16, "--batch_size", 4, "--epochs", 1]
+    task = [str(value) for value in [*task, "--warmup_epochs", 0, "--num_workers", 1, "--output_dir", tmp_path / "out"]]
+    if more:
+        main_linprobe.main(task)
+    first = folder / "val" / "class0" / "0.jpg"
+    first.unlink()
+    os.mkfifo(first)
+    resume = ["--resume", str(tmp_path / "out" / checkpoint.LAST)] if more else []
+    command = [sys.executable, str(ROOT / "main_linprobe.py"), *task, *more, *resume]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    time.sleep(20)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGTERM if more else control.PREEMPTED)
+
+
+def test_validation_pictures_that_never_come_end_the_run(pictures, tmp_path, capfd):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    first = folder / "val" / "class0" / "0.jpg"
+    first.unlink()
+    os.mkfifo(first)
+    task = ["--data_path", folder, "--model", "vit_tiny_patch4", "--input_size", 16, "--batch_size", 4, "--epochs", 1]
+    task += ["--warmup_epochs", 0, "--num_workers", 1, "--output_dir", tmp_path / "out", "--dist_timeout", 5]
+    with pytest.raises(SystemExit) as stop:
+        main_linprobe.main([str(value) for value in task])
+    assert stop.value.code == 1
+    assert "waited 5 s for data, for batch 0 of" in capfd.readouterr().err
 
 
 def test_a_stalled_loader_is_named_and_can_be_stopped(tmp_path, capfd):

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import datetime
 import functools
+import multiprocessing
 import os
 import signal
 import sys
@@ -86,6 +87,8 @@ class Signals:
         text = f"rank {dist.rank()} has waited {self._waited_s:.0f} s for data, for {self._awaited()}"
         if self._waited_s >= self._timeout_s:
             print(f"error: {text}; --dist_timeout ends it here: look at the files and their disk", file=sys.stderr)
+            for worker in multiprocessing.active_children():
+                worker.kill()  # one that obeys nothing else would be waited for at the exit
             raise SystemExit(1)
         print(text, file=sys.stderr, flush=True)
 

@@ -64,7 +64,16 @@ def init(device: str | None, timeout_s: float = 1800) -> torch.device:
         torch.cuda.set_device(target)
     if launched_world_size() > 1:
         backend = backend if target.type == "cuda" else "gloo"
-        _join(backend, datetime.timedelta(seconds=timeout_s))
+        try:
+            _join(backend, datetime.timedelta(seconds=timeout_s))
+        except td.DistError as error:
+            print(
+                f"error: rank {os.environ['RANK']}: not all {launched_world_size()} processes have come within "
+                f"--dist_timeout ({str(error).splitlines()[0]}); start all of them, and look at what the missing said",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise SystemExit(1) from error
     return target
 
 

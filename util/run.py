@@ -25,7 +25,13 @@ from util.log import Averages, RunLog
 from util.saver import Saver
 
 # What a parameter group takes from the command line even when it continues a checkpoint.
-_OWN_OPTIONS = {"weight_decay", "lr_scale"}
+_OWN_OPTIONS = {"weight_decay", "lr_scale", "fused", "foreach"}
+
+# Settings that may differ when a run continues, and leave its result as it is.
+_RESULT_STAYS = {"batch_size", "accum_iter", "effective_batch_size", "device", "compile", "grad_checkpointing"}
+_RESULT_STAYS |= {"channels_last", "num_workers", "pin_mem", "dist_timeout", "output_dir", "log_dir", "print_freq"}
+_RESULT_STAYS |= {"save_every_epochs", "save_every_minutes", "keep_last", "resume", "finetune", "max_skipped_steps"}
+_RESULT_STAYS |= {"max_bad_images", "eval_every", "vis_every", "dist_eval"}
 
 
 def check_output_dir(settings: Settings) -> None:
@@ -92,6 +98,42 @@ def step_plan(settings: Settings, num_images: int, multiple: int = 1) -> StepPla
     return StepPlan(num_images, settings.batch_size, accum_iter, dist.rank(), world_size, multiple)
 
 
+def _check_same_start(settings: Settings, content: dict | None, agreement: control.Agreement) -> None:
+    """End all processes if they did not find the same checkpoint: they would train on, each from another step."""
+    step = content.get("step", 0) if content is not None else -1
+    last, first = agreement.maximum(step, -step)
+    if last != -first:
+        if dist.is_main():
+            print(
+                f"error: --output_dir {settings.output_dir}: the processes found different checkpoints there, of step "
+                f"{max(-first, 0)} and of step {last}; name a folder that all machines share",
+                file=sys.stderr,
+                flush=True,
+            )
+        agreement.maximum(0)  # the first process to leave makes the launcher end the others
+        raise SystemExit(2)
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Continue with `state`, but with this command's own options. ValueError: it is of other groups."""
+    groups = state["param_groups"]
+    if len(groups) != len(optimizer.param_groups):
+        raise ValueError(
+            f"the checkpoint's optimizer has {len(groups)} groups of parameters, this one {len(optimizer.param_groups)}; "
+            "start from its weights with --finetune and another --output_dir"
+        )
+    asked = [{name: group[name] for name in _OWN_OPTIONS & group.keys()} for group in optimizer.param_groups]
+    groups = [group | options for group, options in zip(groups, asked, strict=True)]
+    optimizer.load_state_dict({**state, "param_groups": groups})
+
+
+def _changed_settings(content: dict, settings: Settings) -> list[str]:
+    """What a continued run does otherwise than before: `--name old -> new`, of what changes the result."""
+    before, now = checkpoint.arguments(content), settings.as_dict()
+    names = [name for name in now if name in before and name not in _RESULT_STAYS and before[name] != now[name]]
+    return [f"--{name} {before[name]} -> {now[name]}" for name in names]
+
+
 @dataclass
 class Run:
     """A started run.
@@ -156,6 +198,7 @@ class Run:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what is neither autocast nor salience
         amp, agreement = precision.resolve_amp(settings.amp, device), control.Agreement(settings.dist_timeout)
+        _check_same_start(settings, content, agreement)
         return Run(settings, device, amp, content, agreement, control.Signals(), locked)
 
     def __enter__(self) -> Run:
@@ -243,16 +286,17 @@ class Run:
         if self.content is None:
             return
         model.load_state_dict(checkpoint.model_state(self.content))
-        asked = [{name: group[name] for name in _OWN_OPTIONS & group.keys()} for group in optimizer.param_groups]
-        optimizer.load_state_dict(self.content["optimizer"])
-        for group, options in zip(optimizer.param_groups, asked, strict=True):
-            group.update(options)  # this command's, not those of the checkpoint
+        with cli.exit_on_user_error():
+            _load_optimizer(optimizer, self.content["optimizer"])
         if self.content.get("scaler"):
             scaler.load_state_dict(self.content["scaler"])
         self.start_step = steps_into_epoch(self.content, steps_per_epoch)
         self.start_averages = self.content.get("averages") or {}
         within = f" and {self.start_step} steps" if self.start_step else ""
         self.log.say(f"continuing after epoch {self.content['epoch']}{within}")
+        changed = _changed_settings(self.content, self.settings)
+        if changed:
+            self.log.say(f"settings that were others before: {'; '.join(changed)}")
         self.content = None  # its memory is free
 
     def epochs(self) -> Iterator[int]:
@@ -278,12 +322,17 @@ class Run:
         The run then continues after the last step of `epoch`, whose `averages` these are.
         """
         iterator = iter(batches)
-        for _ in range(rounds):
+        for number in range(rounds + 1):
             if self.agreement.maximum(self.signals.received is not None)[0]:
                 self._leave(epoch, self.steps_per_epoch, averages)
-            batch = next(iterator, None)
-            if batch is not None:
-                yield batch
+            if number == rounds:
+                return
+            awaited = f"batch {number} of {rounds} of the evaluation"
+            with contextlib.suppress(control.Interrupted):  # the next exchange tells the others
+                with self.signals.waiting_for(lambda awaited=awaited: awaited, self.settings.dist_timeout):
+                    batch = next(iterator, None)
+                if batch is not None:
+                    yield batch
 
     def look(self, epoch: int, averages: Averages, find: Callable[[], Any]) -> Any:
         """What `find` finds on the first process after the steps of `epoch`, whose `averages` these are; else None.

@@ -32,6 +32,7 @@ class Saver:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._failure: OSError | None = None
+        self._last_is_whole = False  # until this process has written it, or looked
         self._next = time.monotonic() + self._every_s
 
     def due(self) -> bool:
@@ -82,9 +83,10 @@ class Saver:
         new = self.folder / "checkpoint-new.pth"
         checkpoint.save(new, content)
         last = self.folder / checkpoint.LAST
-        if last.exists():
-            os.replace(last, self.folder / checkpoint.PREVIOUS)
+        if last.exists() and (self._last_is_whole or not checkpoint.find_damage(last)):
+            os.replace(last, self.folder / checkpoint.PREVIOUS)  # a damaged one does not replace the one before it
         os.replace(new, last)
+        self._last_is_whole = True
         if keep_as is not None:
             _link(last, self.folder / f"checkpoint-{keep_as}.pth")
             self._prune()

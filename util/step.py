@@ -60,6 +60,8 @@ class GradientStep:
         self.nominal_count, self.clip_grad = nominal_count, clip_grad
         self._in_a_row = self._most_in_a_row = torch.zeros((), dtype=torch.int64)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._buffers = list(model.buffers())  # BatchNorm's running statistics, which the forward pass changes
+        self._before = [buffer.clone() for buffer in self._buffers]
 
     def sync(self, last: bool):
         """Context for forward and backward of a micro-batch: processes exchange gradients only after the last."""
@@ -91,6 +93,9 @@ class GradientStep:
         if self.clip_grad is not None:
             factor = factor * (self.clip_grad / (norm + 1e-6)).clamp(max=1.0)
         self._step_unless(skipped, gradients, factor)
+        for buffer, before in zip(self._buffers, self._before, strict=True):
+            buffer.copy_(torch.where(skipped, before, buffer))
+            before.copy_(buffer)
         self.optimizer.zero_grad(set_to_none=True)
         self._in_a_row = (self._in_a_row.to(norm.device) + 1) * skipped
         self._most_in_a_row = torch.maximum(self._most_in_a_row.to(norm.device), self._in_a_row)
