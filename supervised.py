@@ -162,7 +162,7 @@ def fit(job: run.Run, inputs: Inputs, task: Task) -> None:
         job.log.epoch(line | {"test_acc1_best_epoch": job.best, "epoch": epoch})
         job.save_epoch(epoch)
     if job.start_epoch >= settings.epochs:
-        job.signals.restore()  # there is nothing to save
+        job.signals.leave_at_once()
         job.log.say(_describe("finished before", evaluate(), job.best))
     job.finish()
 
@@ -170,7 +170,7 @@ def fit(job: run.Run, inputs: Inputs, task: Task) -> None:
 def evaluate_only(job: run.Run, inputs: Inputs, model: VisionTransformer) -> None:
     """`--eval`: accuracy of a checkpoint, nothing else."""
     model.load_state_dict(inputs.weights)
-    job.signals.restore()  # there is nothing to save
+    job.signals.leave_at_once()
     test = evaluator(job, inputs, model)()
     job.log.say(_describe("evaluated", test, test["acc1"]))
     job.finish()

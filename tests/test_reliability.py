@@ -249,7 +249,7 @@ def test_a_signal_ends_the_waiting_for_validation_pictures(pictures, tmp_path, m
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
-    assert process.returncode == (-signal.SIGTERM if more else control.PREEMPTED)
+    assert process.returncode == (128 + signal.SIGTERM if more else control.PREEMPTED)
 
 
 def test_validation_pictures_that_never_come_end_the_run(pictures, tmp_path, capfd):

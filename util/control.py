@@ -54,6 +54,11 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def leave_at_once(self) -> None:
+        """From now on a signal ends this process, with status 128 + its number: there is nothing to save."""
+        for number in SIGNALS if self._before else ():
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
     @contextlib.contextmanager
     def waiting_for(self, awaited: Callable[[], str], timeout_s: float) -> Iterator[None]:
         """Within it a signal ends the waiting: `Interrupted` is raised.
@@ -87,6 +92,7 @@ class Signals:
         text = f"rank {dist.rank()} has waited {self._waited_s:.0f} s for data, for {self._awaited()}"
         if self._waited_s >= self._timeout_s:
             print(f"error: {text}; --dist_timeout ends it here: look at the files and their disk", file=sys.stderr)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch would raise for a killed worker
             for worker in multiprocessing.active_children():
                 worker.kill()  # one that obeys nothing else would be waited for at the exit
             raise SystemExit(1)

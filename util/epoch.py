@@ -138,8 +138,8 @@ class EpochLoop:
             print(
                 f"error: {update.most_skipped_in_a_row} steps in a row were skipped, more than --max_skipped_steps "
                 f"{self.max_skipped_steps}, because loss or gradient was not finite (epoch {epoch}, step {step}); "
-                "the checkpoint holds the weights from before them: lower --blr, add --clip_grad 1, or use --amp bf16 or "
-                "none, and run it again; if they have diverged already, --resume an earlier one in another folder",
+                "the checkpoint holds the weights from before them: lower --blr, add --clip_grad 1, or use --amp bf16 "
+                "or none, and run it again; if they have diverged already, --resume an earlier one in another folder",
                 file=sys.stderr,
             )
         if where:

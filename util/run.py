@@ -119,8 +119,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     groups = state["param_groups"]
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(
-            f"the checkpoint's optimizer has {len(groups)} groups of parameters, this one {len(optimizer.param_groups)}; "
-            "start from its weights with --finetune and another --output_dir"
+            f"the checkpoint's optimizer has {len(groups)} groups of parameters, this one has "
+            f"{len(optimizer.param_groups)}; start from its weights with --finetune and another --output_dir"
         )
     asked = [{name: group[name] for name in _OWN_OPTIONS & group.keys()} for group in optimizer.param_groups]
     groups = [group | options for group, options in zip(groups, asked, strict=True)]
