@@ -7,6 +7,7 @@ import datetime
 import os
 import signal
 import sys
+import time
 import warnings
 
 import torch
@@ -97,6 +98,9 @@ def _join(backend: str, timeout: datetime.timedelta) -> None:
 def finish() -> None:
     """Leave the process group."""
     if td.is_initialized():
+        # A thread of gloo that still holds the last collective's tensor when Python ends aborts the process
+        # (pytorch/pytorch#190489); it lets go at once, but needs the interpreter for it, which a sleep hands over.
+        time.sleep(0.2)
         td.destroy_process_group()
 
 
