@@ -109,7 +109,7 @@ def check(settings: PretrainSettings) -> Inputs:
     own = checkpoint.find_own(settings.output_dir)
     if own is not None or settings.resume:
         path, content = own or (settings.resume, checkpoint.load(settings.resume))
-        resumed = run.check_resumed(settings, path, content, model, plan.steps_per_epoch)
+        resumed = run.check_resumed(settings, path, content, model, plan)
         return Inputs(strategy, images, resumed, None)
     if settings.finetune:
         weights = checkpoint.model_state(checkpoint.load(settings.finetune), settings.finetune)

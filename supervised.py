@@ -54,7 +54,7 @@ def check(settings: SupervisedSettings, build: Callable[[int, bool], VisionTrans
     with torch.device("meta"):
         bare, model = build(num_classes, False), build(num_classes, True)
     if train is not None:
-        run.step_plan(settings, len(train), multiple)
+        plan = run.step_plan(settings, len(train), multiple)
         run.check_output_dir(settings)
     if content is None:
         return Inputs(train, val, num_classes, None, None)
@@ -64,8 +64,7 @@ def check(settings: SupervisedSettings, build: Callable[[int, bool], VisionTrans
         return Inputs(train, val, num_classes, None, state)
     if start == settings.finetune and not settings.resume:
         return Inputs(train, val, num_classes, None, _fit(start, content, bare))
-    steps = run.step_plan(settings, len(train), multiple).steps_per_epoch
-    return Inputs(train, val, num_classes, run.check_resumed(settings, start, content, model, steps), None)
+    return Inputs(train, val, num_classes, run.check_resumed(settings, start, content, model, plan), None)
 
 
 def _start(settings: SupervisedSettings) -> tuple[str | Path | None, dict | None]:

@@ -54,6 +54,7 @@ class Tally:
     runs: int = 0
     differing: int = 0
     without_checkpoint: int = 0
+    crashed: int = 0
     seconds: float = 0.0
     reference_s: float = field(default=0.0, repr=False)
 
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> int:
             if arguments.report:
                 content = {"seed": arguments.seed, "cases": [vars(tally) for tally in tallies]}
                 Path(arguments.report).write_text(json.dumps(content, indent=2) + "\n")
-    bad = sum(tally.differing + tally.without_checkpoint for tally in tallies)
+    bad = sum(tally.differing + tally.without_checkpoint + tally.crashed for tally in tallies)
     print(
         f"{sum(t.kills for t in tallies)} signals, {sum(t.within_a_write for t in tallies)} of them within a write, "
         f"{sum(t.runs for t in tallies)} runs completed, {bad} wrong"
@@ -87,17 +88,19 @@ def main(argv: list[str]) -> int:
 def torture(case: tuple, kills: int, name: str, rng: random.Random, folder: Path) -> Tally:
     """`kills` signals to runs of one case; a run that ends is compared and another one begins."""
     tally, start = Tally(case, name), time.monotonic()
-    reference = launch(case, folder / "reference")
-    wait(reference, None)
+    wait(launch(case, folder / "reference"), 600)
     expected, tally.reference_s = final(folder / "reference"), time.monotonic() - start
     while tally.kills < kills:
         output = folder / f"run{tally.runs}"
         while True:
+            said = size(output / "out.txt")
             process = launch(case, output)
             if tally.kills < kills:
                 within_a_write = name == "SIGKILL" and tally.kills % 4 == 3
                 strike(process, output, name, within_a_write, rng.uniform(0, 0.7) * tally.reference_s, tally)
-            if wait(process, 600) == 0:
+            status = wait(process, 600)
+            tally.crashed += crashed(output / "out.txt", said)
+            if status == 0:
                 break
         tally.runs += 1
         tally.differing += not same(expected, final(output))
@@ -171,10 +174,25 @@ def children(process: int) -> list[int]:
     return [child for child in map(int, path.read_text().split()) if os.getpgid(child) == child]
 
 
-def wait(process: int, limit: float | None, reap: bool = True) -> int:
-    """The exit status, negative for a signal; the whole group is gone then."""
-    options = os.WEXITED | (0 if reap else os.WNOWAIT)
-    result = os.waitid(os.P_PID, process, options)
+def size(path: Path) -> int:
+    """Bytes of a file, 0 if there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def crashed(output: Path, start: int) -> bool:
+    """Whether a run's output from byte `start` on has an error: a traceback through the main, or a sentence."""
+    said = output.read_bytes()[start:].decode(errors="replace")
+    return 'main_pretrain.py", line' in said or "error: " in said
+
+
+def wait(process: int, limit: float, reap: bool = True) -> int:
+    """The exit status, negative for a signal. TimeoutError after `limit` seconds, which nothing takes here."""
+    options, end = os.WEXITED | os.WNOHANG | (0 if reap else os.WNOWAIT), time.monotonic() + limit
+    while (result := os.waitid(os.P_PID, process, options)) is None:
+        if time.monotonic() > end:
+            os.killpg(process, signal.SIGKILL)
+            raise TimeoutError(f"process {process} did not end within {limit:.0f} s")
+        time.sleep(0.002)
     return result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
 
 

@@ -137,6 +137,33 @@ def test_a_damaged_checkpoint_does_not_replace_the_one_before_it(tmp_path):
     assert steps == [3, 1]
 
 
+@pytest.mark.parametrize("killed_at", range(4))
+def test_killed_at_a_rename_nothing_is_lost(tmp_path, monkeypatch, killed_at):
+    """Until the new one is the last, the run continues with the old one, and writes the epoch's checkpoint again."""
+    fill(tmp_path, steps=(1,))
+    replace, calls = os.replace, iter(range(100))
+
+    def kill(*paths):
+        if next(calls) == killed_at:
+            raise KeyboardInterrupt
+        replace(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            save_and_keep(tmp_path)
+    assert checkpoint.find_own(tmp_path)[1]["step"] == 1
+    save_and_keep(tmp_path)
+    assert checkpoint.find_own(tmp_path)[1]["step"] == 2
+    assert checkpoint.load(tmp_path / "checkpoint-7.pth")["step"] == 2
+
+
+def save_and_keep(folder) -> None:
+    saver = Saver(folder, every_minutes=10, keep_last=None)
+    saver.save({"model": tiny_mae().state_dict(), "step": 2}, keep_as=7)
+    saver.wait()
+
+
 def test_all_damaged_is_said(tmp_path):
     fill(tmp_path)
     for name in (checkpoint.LAST, checkpoint.PREVIOUS):

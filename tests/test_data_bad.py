@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -230,11 +231,9 @@ def test_all_bad_is_too_many_whatever_is_allowed(capsys):
     assert "error: 2 of 2 pictures cannot be decoded, which is all of them; mend" in capsys.readouterr().err
 
 
-@two_decoders
-def test_damaged_files_never_crash_and_both_decoders_agree():
-    """2,000 JPEGs and PNGs with cut ends and changed bytes: decoded alike by both ways, or refused by both."""
+def damaged() -> Iterator[tuple[str, bytes]]:
+    """Names and contents of 2,000 JPEGs and PNGs with cut ends and changed bytes."""
     random.seed(0)
-    outcomes = set()
     for number in range(2000):
         data = bytearray(rgb() if number % 2 else rgb("PNG"))
         if number % 3 == 0:
@@ -242,14 +241,41 @@ def test_damaged_files_never_crash_and_both_decoders_agree():
         for _ in range(random.randrange(1, 8)):
             if data:
                 data[random.randrange(len(data))] = random.randrange(256)
+        yield f"{number:04}.{'jpg' if number % 2 else 'png'}", bytes(data)
+
+
+def test_2000_damaged_files_go_through_a_loader_and_all_bad_ones_are_named(tmp_path, capsys):
+    bad = []
+    for name, data in damaged():
+        (tmp_path / name).write_bytes(data)
+        try:
+            decode.with_pillow(data, "RGB")
+        except Exception:
+            bad.append(name)
+    assert 300 < len(bad) < 1900
+    images = datasets.open_unlabelled("folder", str(tmp_path), 3)
+    data = SeededImages(images, transforms.pretrain_transform((16, 16), (0.2, 1.0), 0.5), max_bad_images=0.99)
+    batches = [[(0, index) for index in range(i, i + 50)] for i in range(0, 2000, 50)]
+    loader = torch.utils.data.DataLoader(data, batch_sampler=batches, num_workers=2)
+    assert sum(len(batch[0][0]) for batch in loader) == 2000
+    assert data.bad.collect(torch.device("cpu")) == len(bad)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bad picture: ")]
+    assert [next(name for name in line.split("/") if name[:4].isdigit()).split(":")[0] for line in said] == bad
+
+
+@two_decoders
+def test_damaged_files_never_crash_and_both_decoders_agree():
+    """Decoded alike by both ways, or refused by both."""
+    outcomes = set()
+    for name, data in damaged():
         found = []
         for decoder in (lambda d: np.asarray(decode.with_pillow(d, "RGB")), lambda d: decode.to_pixels(d, 3).numpy()):
             try:
-                found.append(decoder(bytes(data)))
+                found.append(decoder(data))
             except Exception:
                 found.append(None)
         outcomes.add(found[0] is None)
-        assert (found[0] is None) == (found[1] is None), number
+        assert (found[0] is None) == (found[1] is None), name
         if found[0] is not None:
             np.testing.assert_array_equal(*found)
     assert outcomes == {True, False}

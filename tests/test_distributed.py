@@ -77,7 +77,7 @@ def test_pretraining_on_two_processes_continues_on_one(tmp_path):
     assert first.returncode == 0, first.stderr
     second = run_main("main_pretrain.py", *flags, "--batch_size", 16, "--epochs", 2, "--num_workers", 0)
     assert second.returncode == 0, second.stderr
-    assert "continuing after epoch 0" in second.stdout
+    assert "checkpoint-last.pth after epoch 0" in second.stdout
     lines = log_lines(tmp_path)
     assert [line["epoch"] for line in lines] == [0, 1]
     assert lines[1]["train_loss"] < lines[0]["train_loss"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -15,7 +17,9 @@ import pytest
 import torch
 from faults import injected
 from helpers import ROOT, environment, log_lines, write_pictures
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import main_finetune
 import main_linprobe
 import main_pretrain
 import masking
@@ -45,7 +49,9 @@ def pretrain(pictures, output, *more) -> list[dict]:
 def stopped(pictures, output, *more) -> None:
     with pytest.raises(SystemExit) as stop:
         pretrain(pictures, output, *more)
-    assert stop.value.code == control.PREEMPTED
+    code = stop.value.code
+    del stop  # its frames hold the loader, whose workers end 30 seconds later where only a collection frees it
+    assert code == control.PREEMPTED
 
 
 def torchrun(pictures, output, faults, *more, processes=2, launcher=()) -> subprocess.CompletedProcess:
@@ -103,6 +109,108 @@ def test_workers_may_change_when_a_stopped_run_continues(pictures, tmp_path, num
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_fp16_continues_with_its_scale(pictures, tmp_path):
+    """The scale starts at 65536 and is halved by the step with NaN; a run that forgot it would step otherwise."""
+    given = ["--amp", "fp16"]
+    with injected([{"kind": "nan", "forward": 2}]):
+        pretrain(pictures, tmp_path / "whole", *given)
+    with injected([{"kind": "nan", "forward": 2}, {"kind": "SIGTERM", "forward": 9}]):
+        stopped(pictures, tmp_path / "parts", *given)
+    assert content(tmp_path / "parts")["scaler"]["scale"] == 2**15
+    pretrain(pictures, tmp_path / "parts", *given)
+    assert content(tmp_path / "parts")["scaler"] == content(tmp_path / "whole")["scaler"]
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_fine_tuning_with_everything_random_continues_exactly(tmp_path):
+    """Mixup, cutmix, erasing, colours, drop path; a stop at every fourth step of two epochs of 12."""
+    given = ["--config", ROOT / "configs/finetune/digits.yaml", "--epochs", 2, "--warmup_epochs", 1, "--num_workers", 0]
+    given += ["--mixup", 0.8, "--cutmix", 1.0, "--reprob", 0.5, "--drop_path", 0.2, "--effective_batch_size", 128]
+    given += ["--batch_size", 128, "--aa", "rand-m9-mstd0.5-inc1"]
+
+    def finetune(output) -> None:
+        main_finetune.main([str(value) for value in [*given, "--output_dir", output]])
+
+    finetune(tmp_path / "whole")
+    apply, calls, stops = GradientStep.apply, 0, 0
+
+    def apply_and_stop(self, *arguments):
+        nonlocal calls
+        calls += 1
+        if calls % 4 == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return apply(self, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientStep, "apply", apply_and_stop)
+        while not stops or content(tmp_path / "parts")["epoch"] < 1:
+            with contextlib.suppress(control.Preempted):
+                finetune(tmp_path / "parts")
+            stops += 1
+    assert stops >= 5
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_second_ctrl_c_leaves_at_once(pictures, tmp_path):
+    """Within the step, without a checkpoint; the same command continues all the same."""
+    pretrain(pictures, tmp_path / "whole")
+    twice = [{"kind": "SIGINT", "forward": 9}, {"kind": "SIGINT", "forward": 9}]
+    with injected(twice), pytest.raises(SystemExit) as stop:
+        pretrain(pictures, tmp_path / "parts")
+    assert stop.value.code == 130
+    assert content(tmp_path / "parts")["step"] == 7
+    pretrain(pictures, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_points_of_steps_that_are_run_again_are_there_once(pictures, tmp_path):
+    """Also where the run was killed before its first checkpoint."""
+    with injected([{"kind": "crash", "forward": 4}]), pytest.raises(RuntimeError, match="struck"):
+        pretrain(pictures, tmp_path, "--epochs", 1)
+    assert not (tmp_path / checkpoint.LAST).exists()
+    with injected([{"kind": "SIGTERM", "forward": 2}]):
+        stopped(pictures, tmp_path, "--epochs", 1)
+    pretrain(pictures, tmp_path, "--epochs", 1)
+    points = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    assert [point.step for point in points] == list(range(1, 8))
+
+
+def test_within_an_epoch_the_pictures_must_be_the_same(pictures, tmp_path, capsys):
+    """Even if they make as many steps."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    with injected([{"kind": "SIGTERM", "forward": 2}]):
+        stopped(folder, tmp_path / "run")
+    shutil.copy(next(folder.rglob("train/**/*.jpg")), next(folder.glob("train/*")) / "one_more.jpg")
+    with pytest.raises(SystemExit) as stop:
+        pretrain(folder, tmp_path / "run")
+    assert stop.value.code == 2
+    assert "within an epoch of 26 pictures, and --data_path has 27" in capsys.readouterr().err
+
+
+def test_no_step_is_made_of_blank_pictures(pictures, tmp_path, capsys):
+    """The pictures go in the middle of an epoch whose log has no line soon: the checkpoint has seen only good ones."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    pretrain(folder, tmp_path / "whole")
+    calls, original = itertools.count(), GradientStep.apply
+
+    def apply_and_lose(self, *arguments):
+        if next(calls) == 2:
+            os.rename(folder, tmp_path / "gone")
+        return original(self, *arguments)
+
+    given = ["--print_freq", 1000, "--save_every_minutes", 0, "--max_bad_images", 0.1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GradientStep, "apply", apply_and_lose)
+        with pytest.raises(SystemExit) as stop:
+            pretrain(folder, tmp_path / "parts", *given)
+    assert stop.value.code == 2
+    assert "pictures cannot be decoded, more than --max_bad_images 0.1 allows" in capsys.readouterr().err
+    assert content(tmp_path / "parts")["step"] == 3
+    os.rename(tmp_path / "gone", folder)
+    pretrain(folder, tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_a_checkpoint_within_the_epoch_is_written_in_time(pictures, tmp_path):
     """Every step, here; a kill then loses one step at most, and repeats it exactly."""
     pretrain(pictures, tmp_path / "whole")
@@ -147,7 +255,7 @@ def test_one_step_with_nan_is_as_if_its_batch_had_been_left_out(pictures, tmp_pa
     """Its images carry no weight: the same run, in which that step's gradient is thrown away by hand."""
     with injected([{"kind": "nan", "forward": 3}]):
         lines = pretrain(pictures, tmp_path / "nan", "--epochs", 1)
-    assert lines[0]["train_skipped_steps"] == pytest.approx(1 / 7)
+    assert lines[0]["train_skipped_steps"] == 1
     assert np.isfinite(lines[0]["train_loss"])
     calls, original = iter(range(100)), GradientStep._step_unless
     with pytest.MonkeyPatch.context() as patch:
@@ -167,6 +275,19 @@ def test_too_many_in_a_row_end_the_run_with_names_and_a_good_checkpoint(pictures
     assert "11 steps in a row were skipped, more than --max_skipped_steps 10" in error
     assert "the loss of rank 0 was not finite on" in error
     assert ".jpg" in error
+    found = content(tmp_path)
+    assert found["step"] == 14
+    assert all(value.isfinite().all() for value in found["model"].values())
+    assert int(found["optimizer"]["state"][0]["step"]) == 3
+
+
+def test_twenty_in_a_row_on_one_of_two_processes_end_both(pictures, tmp_path):
+    faults = [{"kind": "nan", "forward": list(range(3, 23)), "rank": 1}]
+    result = torchrun(pictures, tmp_path, faults, "--batch_size", 2, "--epochs", 4)
+    assert result.returncode == 1
+    assert "error: 11 steps in a row were skipped, more than --max_skipped_steps 10" in result.stderr
+    assert "the loss of rank 1 was not finite on" in result.stderr
+    assert "the loss of rank 0" not in result.stderr
     found = content(tmp_path)
     assert found["step"] == 14
     assert all(value.isfinite().all() for value in found["model"].values())
@@ -330,7 +451,7 @@ def test_a_killed_worker_is_restarted_by_torchrun_and_nan_on_one_rank_is_everyon
     assert broken.returncode == 0, broken.stderr
     assert (tmp_path / "killed").exists()
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    assert log_lines(tmp_path / "whole")[0]["train_skipped_steps"] == pytest.approx(1 / 7)
+    assert log_lines(tmp_path / "whole")[0]["train_skipped_steps"] == 1
 
 
 def test_workers_whose_launcher_is_killed_stop_and_continue(pictures, tmp_path):
@@ -378,14 +499,15 @@ def test_the_number_of_processes_may_change(pictures, tmp_path):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 
-def test_a_process_that_stands_still_is_named(pictures, tmp_path):
-    start = time.monotonic()
-    faults = [{"kind": "SIGSTOP", "forward": 2, "rank": 1}]
+@pytest.mark.parametrize("still", [0, 1])
+def test_a_process_that_stands_still_is_named(pictures, tmp_path, still):
+    """And killed by the other: torchrun need not wait 30 seconds for it to obey SIGTERM."""
+    faults = [{"kind": "SIGSTOP", "forward": 2, "rank": still, "once": str(tmp_path / "struck")}]
     result = torchrun(pictures, tmp_path, faults, "--batch_size", 2, "--dist_timeout", 10)
     assert result.returncode != 0
-    assert "could not reach all other processes within --dist_timeout" in result.stderr
-    assert "Ranks 1 failed" in result.stderr
-    assert time.monotonic() - start < 150
+    said = f"rank {1 - still} could not reach all other processes within --dist_timeout: rank {still} did not answer"
+    assert said in result.stderr
+    assert "forcefully exiting" not in result.stderr
 
 
 def test_workers_end_with_their_process(pictures, tmp_path):

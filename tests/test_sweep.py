@@ -223,7 +223,7 @@ def test_a_sweep_that_is_stopped_leaves_no_process_and_continues(tmp_path):
     assert len(tables.read_csv(output / "results.csv")) == 3
     said = (output / "seed=0" / "pretrain" / "output.txt").read_text()
     assert steps > 0
-    assert "continuing after epoch" in said
+    assert "checkpoint-last.pth after epoch" in said
 
 
 def tiny(tmp_path, **changes):
@@ -243,7 +243,7 @@ def test_a_longer_training_is_measured_again_and_other_flags_are_an_error(tmp_pa
     result = run(tiny(tmp_path, pretrain=long), "--output", output)
     assert result.returncode == 0, result.stdout
     assert "1 runs, 0 done" in result.stdout
-    assert "continuing after epoch 0" in (output / "seed=0" / "pretrain" / "output.txt").read_text()
+    assert "checkpoint-last.pth after epoch 0" in (output / "seed=0" / "pretrain" / "output.txt").read_text()
     second = result_of(output / "seed=0" / "evaluate-last")
     assert second["knn"] != first["knn"]
     assert tables.read_csv(output / "results.csv")[0]["knn"] == second["knn"]

@@ -81,9 +81,11 @@ class BadPictures:
         dist.barrier()  # the first exit makes the launcher end the others
         raise TooManyBadPictures(2)
 
-    def _say(self, new: list[int], most: int = 20) -> None:
+    def _say(self, new: list[int]) -> None:
+        """Every one that the run accepts; of those that end it, as many as there may be."""
         if not dist.is_main():
             return
+        most = max(20, int(self.max_share * self.num_images))
         for index in new[:most]:
             print(f"bad picture: {self.describe(index)}; the next good one takes its place", file=sys.stderr)
         if len(new) > most:

@@ -138,11 +138,9 @@ class Agreement:
     """
 
     def __init__(self, timeout_s: float):
-        self._group = self._watch = None
+        self._group = None
         if td.is_initialized():
-            timeout = datetime.timedelta(seconds=timeout_s)
-            self._group = td.new_group(backend="gloo", timeout=timeout)
-            self._watch = td.new_group(backend="gloo", timeout=timeout)  # used once, when all else has failed
+            self._group = td.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
 
     def maximum(self, *values: int) -> list[int]:
         """The largest of each value over all processes."""
@@ -152,27 +150,32 @@ class Agreement:
         td.all_reduce(shared, op=td.ReduceOp.MAX, group=self._group)
         return shared.tolist()
 
-    def missing(self) -> str:
-        """After a failed exchange: which processes do not answer any more."""
-        if self._watch is None:
-            return ""
-        try:
-            td.monitored_barrier(self._watch, datetime.timedelta(seconds=_NAMING_S), wait_all_ranks=True)
-        except RuntimeError as error:
-            return str(error).splitlines()[0]
-        return "all processes answer now"
-
     def explain(self, error: RuntimeError) -> None:
-        """If `error` is an exchange that failed, end this process with one sentence that names who is missing."""
-        if self._watch is None or not _is_exchange(error):
+        """If `error` is an exchange that failed, end this process with one sentence that names who is missing.
+
+        Missing processes of this launcher are killed: one that stands still obeys nothing else, and keeps its GPU.
+        """
+        if self._group is None or not _is_exchange(error):
             return
+        missing, text = dist.roll_call(_NAMING_S), str(error)
         print(
-            f"error: rank {dist.rank()} could not reach all other processes within --dist_timeout: {self.missing()} "
-            f"({str(error).splitlines()[0]}); the same command continues from the checkpoint",
+            f"error: rank {dist.rank()} could not reach all other processes within --dist_timeout: "
+            f"{_who_is_missing(missing)} ({text.splitlines()[0]}); the same command continues from the checkpoint",
             file=sys.stderr,
             flush=True,
         )
+        if "timed out" in text.lower() or "timeout" in text.lower():  # else it may be in the middle of a step
+            for number in missing or []:
+                dist.kill_sibling(number)
         os._exit(1)  # threads of the exchange may never end
+
+
+def _who_is_missing(missing: list[int] | None) -> str:
+    if missing is None:
+        return f"the launcher on {os.environ.get('MASTER_ADDR', 'the first machine')} did not answer either"
+    if not missing:
+        return "all processes answer now"
+    return f"rank {', '.join(map(str, missing))} did not answer"
 
 
 def _is_exchange(error: Exception) -> bool:

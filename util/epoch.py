@@ -63,7 +63,8 @@ class EpochLoop:
 
     def run(self, epoch: int, update: GradientStep, train_step: TrainStep) -> dict[str, float]:
         """Train for `epoch`; means of whatever `train_step` averaged, over the epoch and all processes."""
-        total, window, clock, window_images = Averages(self.device), Averages(self.device), Stopwatch(), 0
+        total, window, clock = Averages(self.device), Averages(self.device), Stopwatch()
+        window_images = window_steps = 0
         data_wait, suspects = DataWait(self.device), []
         total.load(self.start_averages)
         start, self.start_step, self.start_averages, reported = self.start_step, 0, {}, False
@@ -77,20 +78,20 @@ class EpochLoop:
             outcome = train_step(micro_batches, window)
             suspects.append(([i for batch in micro_batches for i in batch.indices], outcome.loss))  # not the pictures
             self._count(window, lr, outcome)
-            window_images += outcome.images
+            window_images, window_steps = window_images + outcome.images, window_steps + 1
             if step % self.print_freq == 0 or step == num_steps - 1:
                 total.merge(window)
-                values = window.read()
+                values = _read(window, window_steps)
                 values["images_per_s"] = clock.rate(window_images * dist.world_size())
                 window.clear()
-                window_images = 0
+                window_images = window_steps = 0
                 self._report(values | self._data(data_wait, total, reported), epoch, step + 1)
                 reported = True
                 if update.most_skipped_in_a_row > self.max_skipped_steps:
                     self._give_up(epoch, step + 1, total, update, suspects)
                 suspects.clear()
         self.averages = total
-        return total.read() | self._bad_images()
+        return _read(total, num_steps) | self._bad_images()
 
     def _fetch(self, steps, data_wait: DataWait) -> tuple[list[MicroBatch], bool]:
         """All micro-batches of the next step, and whether a signal ended the waiting for them."""
@@ -145,3 +146,9 @@ class EpochLoop:
         if where:
             print(where, file=sys.stderr, flush=True)
         raise SystemExit(1)
+
+
+def _read(averages: Averages, steps: int) -> dict[str, float]:
+    """The means, and how many of these `steps` were skipped."""
+    values = averages.read()
+    return values | {"skipped_steps": round(values.get("skipped_steps", 0.0) * steps)}

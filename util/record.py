@@ -104,7 +104,7 @@ class Events:
         from torch.utils.tensorboard import SummaryWriter  # a second, which evaluations need not wait for
 
         _silence_writer_threads()
-        return SummaryWriter(str(self._folder), purge_step=self._start_step + 1 if self._start_step else None)
+        return SummaryWriter(str(self._folder), purge_step=self._start_step + 1 if self._start_step else 0)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from util import checkpoint, cli, control, dist, lock, lr_sched, precision, provenance, seeding
+from util.bad_pictures import BadPictures
 from util.batches import StepLoader, StepPlan
 from util.config import Settings
 from util.datasets import ImageSet, SeededImages
@@ -51,12 +52,12 @@ def check_output_dir(settings: Settings) -> None:
         warnings.warn(f"--num_workers {settings.num_workers}: this machine has {cores} cores", stacklevel=2)
 
 
-def check_resumed(settings: Settings, path: str | Path, content: dict, model: nn.Module, steps_per_epoch: int) -> dict:
+def check_resumed(settings: Settings, path: str | Path, content: dict, model: nn.Module, plan: StepPlan) -> dict:
     """`content` of the checkpoint to continue, if it fits `model` (the meta device will do) and the settings.
 
     Raises:
         ValueError: of another architecture, without an optimizer, of another effective batch size, or stopped within an
-            epoch of another number of steps.
+            epoch of another number of pictures.
     """
     checkpoint.check_state(path, model, checkpoint.model_state(content, path))
     optimizer = content.get("optimizer")
@@ -70,13 +71,13 @@ def check_resumed(settings: Settings, path: str | Path, content: dict, model: nn
             f"{path}: its run had an effective batch of {before} images, this one has {now}; "
             f"continue it with --effective_batch_size {before}, or start a new --output_dir"
         )
-    before = content.get("steps_per_epoch", steps_per_epoch)
-    if before != steps_per_epoch and steps_into_epoch(content, before):
+    before = content.get("num_images", plan.num_samples)
+    if before != plan.num_samples and steps_into_epoch(content, plan.steps_per_epoch):
         raise ValueError(
-            f"{path}: it was written within an epoch of {before} steps, and the pictures of --data_path make "
-            f"{steps_per_epoch}; continue with the pictures it had, or start a new --output_dir with --finetune {path}"
+            f"{path}: it was written within an epoch of {before} pictures, and --data_path has {plan.num_samples}; "
+            f"continue with the pictures it had, or start a new --output_dir with --finetune {path}"
         )
-    return content
+    return content | {"path": str(path)}
 
 
 def steps_into_epoch(content: dict, steps_per_epoch: int) -> int:
@@ -150,6 +151,7 @@ class Run:
         steps_per_epoch: optimizer steps in an epoch, once known.
         best: best accuracy on the validation images so far, where there is one.
         classes: names of the classes, where there are some.
+        bad: the training pictures that cannot be decoded, once there is a loop.
     """
 
     settings: Settings
@@ -167,6 +169,7 @@ class Run:
     steps_per_epoch: int = field(init=False, default=0)
     best: float = field(init=False, default=0.0)
     classes: tuple[str, ...] = field(init=False, default=())
+    bad: BadPictures = field(init=False)
 
     def __post_init__(self):
         settings = self.settings
@@ -257,7 +260,7 @@ class Run:
         self, loader: StepLoader, optimizer: torch.optim.Optimizer, shown: tuple[str, ...] = ("grad_norm",)
     ) -> EpochLoop:
         """The epoch loop over `loader` with this run's schedule, seed, log and checkpoints."""
-        settings = self.settings
+        settings, self.bad = self.settings, loader.dataset.bad
         return EpochLoop(
             loader,
             optimizer,
@@ -270,7 +273,7 @@ class Run:
             log=self.log,
             print_freq=settings.print_freq,
             shown=shown,
-            bad=loader.dataset.bad,
+            bad=self.bad,
             max_skipped_steps=settings.max_skipped_steps,
             data_timeout_s=settings.dist_timeout,
             start_step=self.start_step,
@@ -293,7 +296,7 @@ class Run:
         self.start_step = steps_into_epoch(self.content, steps_per_epoch)
         self.start_averages = self.content.get("averages") or {}
         within = f" and {self.start_step} steps" if self.start_step else ""
-        self.log.say(f"continuing after epoch {self.content['epoch']}{within}")
+        self.log.say(f"continuing {self.content['path']} after epoch {self.content['epoch']}{within}")
         changed = _changed_settings(self.content, self.settings)
         if changed:
             self.log.say(f"settings that were others before: {'; '.join(changed)}")
@@ -350,9 +353,13 @@ class Run:
 
     def _before_step(self, epoch: int, step: int, averages: Callable[[], Averages], interrupted: bool) -> None:
         asked = interrupted or self.signals.received is not None
-        stop, due = self.agreement.maximum(asked, self.saver is not None and self.saver.due())
+        due = self.saver is not None and self.saver.due()
+        stop, due, spoiled = self.agreement.maximum(asked, due, self.bad.too_many())
         if stop:
             self._leave(epoch, step, averages())
+        if spoiled:  # no step is made of the blank pictures that stand for the bad ones
+            self.save_now(epoch, step, averages())
+            self.bad.collect(self.device)
         if due:
             self._save(epoch - 1, epoch * self.steps_per_epoch + step, averages().state())
 
@@ -377,6 +384,7 @@ class Run:
             "epoch": epoch,
             "step": step,
             "steps_per_epoch": self.steps_per_epoch,
+            "num_images": self.bad.num_images,
             "averages": averages,
             "args": self.settings.as_dict(),
             "grid": list(self.model.patch_embed.grid_size),

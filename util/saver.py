@@ -17,7 +17,7 @@ from util import checkpoint, record
 class Saver:
     """Writes checkpoints beside the training, so that at any moment a whole and finite one is on disk.
 
-    A new one is written to a temporary file, flushed and read back; then `checkpoint-last.pth` becomes
+    `checkpoint-new.pth` is written to a temporary file, flushed and read back; then `checkpoint-last.pth` becomes
     `checkpoint-previous.pth` and the new one takes its name.
 
     Args:
@@ -82,13 +82,14 @@ class Saver:
     def _write(self, content: dict, keep_as: int | None) -> None:
         new = self.folder / "checkpoint-new.pth"
         checkpoint.save(new, content)
+        if keep_as is not None:  # before there is a last that would not write it again
+            _link(new, self.folder / f"checkpoint-{keep_as}.pth")
         last = self.folder / checkpoint.LAST
         if last.exists() and (self._last_is_whole or not checkpoint.find_damage(last)):
             os.replace(last, self.folder / checkpoint.PREVIOUS)  # a damaged one does not replace the one before it
         os.replace(new, last)
         self._last_is_whole = True
         if keep_as is not None:
-            _link(last, self.folder / f"checkpoint-{keep_as}.pth")
             self._prune()
         checkpoint.flush_folder(self.folder)
 
