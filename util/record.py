@@ -68,7 +68,7 @@ class Events:
     """
 
     def __init__(self, folder: Path, start_step: int):
-        self._folder, self._start_step = folder, start_step
+        self._folder, self._purge_step = folder, start_step + 1 if start_step else 0
         self._writer, self._again = None, 0.0
         self._do(lambda writer: None)
 
@@ -104,7 +104,9 @@ class Events:
         from torch.utils.tensorboard import SummaryWriter  # a second, which evaluations need not wait for
 
         _silence_writer_threads()
-        return SummaryWriter(str(self._folder), purge_step=self._start_step + 1 if self._start_step else 0)
+        writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
+        self._purge_step = None  # not again, where one is opened after a disk was full: these points are this run's
+        return writer
 
 
 @functools.cache

@@ -358,7 +358,8 @@ class Run:
         if stop:
             self._leave(epoch, step, averages())
         if spoiled:  # no step is made of the blank pictures that stand for the bad ones
-            self.save_now(epoch, step, averages())
+            if step:
+                self.save_now(epoch, step, averages())
             self.bad.collect(self.device)
         if due:
             self._save(epoch - 1, epoch * self.steps_per_epoch + step, averages().state())
