@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -363,14 +364,30 @@ def test_a_signal_ends_the_waiting_for_validation_pictures(pictures, tmp_path, m
     first = folder / "val" / "class0" / "0.jpg"
     first.unlink()
     os.mkfifo(first)
+    writer = os.open(first, os.O_RDWR)
     resume = ["--resume", str(tmp_path / "out" / checkpoint.LAST)] if more else []
     command = [sys.executable, str(ROOT / "main_linprobe.py"), *task, *more, *resume]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
-    time.sleep(20)
-    assert process.poll() is None
+    wait_for_reader(first, process)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
+    os.close(writer)
     assert process.returncode == (128 + signal.SIGTERM if more else control.PREEMPTED)
+
+
+def wait_for_reader(pipe, process) -> None:
+    """Until another process than this one has opened `pipe`, and so waits for what never comes."""
+    end = time.monotonic() + 120
+    while not any(held_by(path, pipe) for path in Path("/proc").glob("[0-9]*/fd") if path.parts[2] != str(os.getpid())):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def held_by(descriptors, path) -> bool:
+    with contextlib.suppress(OSError):
+        return any(os.readlink(link) == str(path) for link in descriptors.iterdir())
+    return False
 
 
 def test_validation_pictures_that_never_come_end_the_run(pictures, tmp_path, capfd):
