@@ -11,7 +11,7 @@ import engine_pretrain
 import masking
 import models_mae
 import monitor
-from util import checkpoint, cli, datasets, dist, optim, precision, run, seeding, transforms
+from util import checkpoint, cli, datasets, dist, optim, precision, resume, run, seeding, transforms
 from util.batches import MicroBatch
 from util.config import PretrainSettings
 from util.step import GradientStep
@@ -109,7 +109,7 @@ def check(settings: PretrainSettings) -> Inputs:
     own = checkpoint.find_own(settings.output_dir)
     if own is not None or settings.resume:
         path, content = own or (settings.resume, checkpoint.load(settings.resume))
-        resumed = run.check_resumed(settings, path, content, model, plan)
+        resumed = resume.check(path, content, model, plan)
         return Inputs(strategy, images, resumed, None)
     if settings.finetune:
         weights = checkpoint.model_state(checkpoint.load(settings.finetune), settings.finetune)

@@ -12,7 +12,7 @@ from torch import nn
 
 import engine_finetune
 import models_vit
-from util import checkpoint, dist, precision, run, transforms
+from util import checkpoint, dist, precision, resume, run, transforms
 from util.batches import evaluation_loader
 from util.config import SupervisedSettings
 from util.datasets import ImageSet, SeededImages, open_labelled
@@ -64,7 +64,7 @@ def check(settings: SupervisedSettings, build: Callable[[int, bool], VisionTrans
         return Inputs(train, val, num_classes, None, state)
     if start == settings.finetune and not settings.resume:
         return Inputs(train, val, num_classes, None, _fit(start, content, bare))
-    return Inputs(train, val, num_classes, run.check_resumed(settings, start, content, model, plan), None)
+    return Inputs(train, val, num_classes, resume.check(start, content, model, plan), None)
 
 
 def _start(settings: SupervisedSettings) -> tuple[str | Path | None, dict | None]:

@@ -1,7 +1,8 @@
-"""GPU tests run where there is a GPU; the tests that wait longest begin first."""
+"""GPU tests run where there is a GPU; the tests that wait longest begin first; pictures for short runs."""
 
 import pytest
 import torch
+from helpers import write_pictures
 
 _SLOWEST = "test_slurm.py"
 
@@ -12,3 +13,9 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """26 training pictures."""
+    return write_pictures(tmp_path_factory.mktemp("pictures"), per_class=13, size=(20, 24))

@@ -108,6 +108,10 @@ class Settings:
             )
         return effective // micro
 
+    def resolved_effective_batch_size(self, world_size: int) -> int:
+        """Images of one optimizer step, over all processes and micro-batches."""
+        return self.batch_size * self.resolved_accum_iter(world_size) * world_size
+
     def resolved_lr(self, world_size: int) -> float:
         """Peak learning rate: `lr`, else blr * effective batch / 256."""
         if self.lr is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from util import checkpoint, cli, control, dist, lock, lr_sched, precision, provenance, seeding
+from util import checkpoint, cli, control, dist, lock, lr_sched, precision, provenance, resume, seeding
 from util.bad_pictures import BadPictures
 from util.batches import StepLoader, StepPlan
 from util.config import Settings
@@ -24,15 +24,6 @@ from util.datasets import ImageSet, SeededImages
 from util.epoch import EpochLoop
 from util.log import Averages, RunLog
 from util.saver import Saver
-
-# What a parameter group takes from the command line even when it continues a checkpoint.
-_OWN_OPTIONS = {"weight_decay", "lr_scale", "fused", "foreach"}
-
-# Settings that may differ when a run continues, and leave its result as it is.
-_RESULT_STAYS = {"batch_size", "accum_iter", "effective_batch_size", "device", "compile", "grad_checkpointing"}
-_RESULT_STAYS |= {"channels_last", "num_workers", "pin_mem", "dist_timeout", "output_dir", "log_dir", "print_freq"}
-_RESULT_STAYS |= {"save_every_epochs", "save_every_minutes", "keep_last", "resume", "finetune", "max_skipped_steps"}
-_RESULT_STAYS |= {"max_bad_images", "eval_every", "vis_every", "dist_eval"}
 
 
 def check_output_dir(settings: Settings) -> None:
@@ -52,87 +43,11 @@ def check_output_dir(settings: Settings) -> None:
         warnings.warn(f"--num_workers {settings.num_workers}: this machine has {cores} cores", stacklevel=2)
 
 
-def check_resumed(settings: Settings, path: str | Path, content: dict, model: nn.Module, plan: StepPlan) -> dict:
-    """`content` of the checkpoint to continue, if it fits `model` (the meta device will do) and the settings.
-
-    Raises:
-        ValueError: of another architecture, without an optimizer, of another effective batch size, or stopped within an
-            epoch of another number of pictures.
-    """
-    checkpoint.check_state(path, model, checkpoint.model_state(content, path))
-    optimizer = content.get("optimizer")
-    if not (isinstance(optimizer, dict) and optimizer.get("param_groups") and isinstance(content.get("epoch"), int)):
-        raise ValueError(
-            f"{path}: holds weights but no training state; start from it with --finetune instead of --resume"
-        )
-    before, now = content.get("effective_batch_size"), effective_batch_size(settings)
-    if before is not None and before != now:
-        raise ValueError(
-            f"{path}: its run had an effective batch of {before} images, this one has {now}; "
-            f"continue it with --effective_batch_size {before}, or start a new --output_dir"
-        )
-    before = content.get("num_images", plan.num_samples)
-    if before != plan.num_samples and steps_into_epoch(content, plan.steps_per_epoch):
-        raise ValueError(
-            f"{path}: it was written within an epoch of {before} pictures, and --data_path has {plan.num_samples}; "
-            f"continue with the pictures it had, or start a new --output_dir with --finetune {path}"
-        )
-    return content | {"path": str(path)}
-
-
-def steps_into_epoch(content: dict, steps_per_epoch: int) -> int:
-    """How many steps of the epoch after `epoch` a checkpoint has done."""
-    done = content["epoch"] + 1
-    return max(0, content.get("step", 0) - done * content.get("steps_per_epoch", steps_per_epoch))
-
-
-def effective_batch_size(settings: Settings) -> int:
-    """Images of one optimizer step, over all processes and micro-batches."""
-    world_size = dist.launched_world_size()
-    return settings.batch_size * settings.resolved_accum_iter(world_size) * world_size
-
-
 def step_plan(settings: Settings, num_images: int, multiple: int = 1) -> StepPlan:
     """How this process shares in the steps of an epoch. ValueError if there are too few images."""
     world_size = dist.launched_world_size()
     accum_iter = settings.resolved_accum_iter(world_size)
     return StepPlan(num_images, settings.batch_size, accum_iter, dist.rank(), world_size, multiple)
-
-
-def _check_same_start(settings: Settings, content: dict | None, agreement: control.Agreement) -> None:
-    """End all processes if they did not find the same checkpoint: they would train on, each from another step."""
-    step = content.get("step", 0) if content is not None else -1
-    last, first = agreement.maximum(step, -step)
-    if last != -first:
-        if dist.is_main():
-            print(
-                f"error: --output_dir {settings.output_dir}: the processes found different checkpoints there, of step "
-                f"{max(-first, 0)} and of step {last}; name a folder that all machines share",
-                file=sys.stderr,
-                flush=True,
-            )
-        agreement.maximum(0)  # the first process to leave makes the launcher end the others
-        raise SystemExit(2)
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Continue with `state`, but with this command's own options. ValueError: it is of other groups."""
-    groups = state["param_groups"]
-    if len(groups) != len(optimizer.param_groups):
-        raise ValueError(
-            f"the checkpoint's optimizer has {len(groups)} groups of parameters, this one has "
-            f"{len(optimizer.param_groups)}; start from its weights with --finetune and another --output_dir"
-        )
-    asked = [{name: group[name] for name in _OWN_OPTIONS & group.keys()} for group in optimizer.param_groups]
-    groups = [group | options for group, options in zip(groups, asked, strict=True)]
-    optimizer.load_state_dict({**state, "param_groups": groups})
-
-
-def _changed_settings(content: dict, settings: Settings) -> list[str]:
-    """What a continued run does otherwise than before: `--name old -> new`, of what changes the result."""
-    before, now = checkpoint.arguments(content), settings.as_dict()
-    names = [name for name in now if name in before and name not in _RESULT_STAYS and before[name] != now[name]]
-    return [f"--{name} {before[name]} -> {now[name]}" for name in names]
 
 
 @dataclass
@@ -201,7 +116,7 @@ class Run:
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what is neither autocast nor salience
         amp, agreement = precision.resolve_amp(settings.amp, device), control.Agreement(settings.dist_timeout)
-        _check_same_start(settings, content, agreement)
+        resume.check_same_start(settings, content, agreement)
         return Run(settings, device, amp, content, agreement, control.Signals(), locked)
 
     def __enter__(self) -> Run:
@@ -222,7 +137,7 @@ class Run:
             "processes": world_size,
             "amp": self.amp,
             "accum_iter": self.settings.resolved_accum_iter(world_size),
-            "effective_batch_size": effective_batch_size(self.settings),
+            "effective_batch_size": self.settings.resolved_effective_batch_size(world_size),
             "lr": self.settings.resolved_lr(world_size),
             "start_epoch": self.start_epoch,
         }
@@ -290,14 +205,14 @@ class Run:
             return
         model.load_state_dict(checkpoint.model_state(self.content))
         with cli.exit_on_user_error():
-            _load_optimizer(optimizer, self.content["optimizer"])
+            resume.load_optimizer(optimizer, self.content["optimizer"])
         if self.content.get("scaler"):
             scaler.load_state_dict(self.content["scaler"])
-        self.start_step = steps_into_epoch(self.content, steps_per_epoch)
+        self.start_step = resume.steps_into_epoch(self.content, steps_per_epoch)
         self.start_averages = self.content.get("averages") or {}
         within = f" and {self.start_step} steps" if self.start_step else ""
         self.log.say(f"continuing {self.content['path']} after epoch {self.content['epoch']}{within}")
-        changed = _changed_settings(self.content, self.settings)
+        changed = resume.changed_settings(self.content, self.settings)
         if changed:
             self.log.say(f"settings that were others before: {'; '.join(changed)}")
         self.content = None  # its memory is free
@@ -389,7 +304,7 @@ class Run:
             "averages": averages,
             "args": self.settings.as_dict(),
             "grid": list(self.model.patch_embed.grid_size),
-            "effective_batch_size": effective_batch_size(self.settings),
+            "effective_batch_size": self.settings.resolved_effective_batch_size(dist.world_size()),
             "best_acc1": self.best,
             "classes": list(self.classes),
         }

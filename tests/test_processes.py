@@ -1,0 +1,121 @@
+"""Several processes: one is killed, stands still, meets NaN, is alone; two runs in one folder."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from faults import injected
+from helpers import environment, log_lines
+from runs import assert_same_run, content, flags, pretrain, stopped, torchrun
+
+from util import lock
+
+
+def test_twenty_in_a_row_on_one_of_two_processes_end_both(pictures, tmp_path):
+    faults = [{"kind": "nan", "forward": list(range(3, 23)), "rank": 1}]
+    result = torchrun(pictures, tmp_path, faults, "--batch_size", 2, "--epochs", 4)
+    assert result.returncode == 1
+    assert "error: 11 steps in a row were skipped, more than --max_skipped_steps 10" in result.stderr
+    assert "the loss of rank 1 was not finite on" in result.stderr
+    assert "the loss of rank 0" not in result.stderr
+    found = content(tmp_path)
+    assert found["step"] == 14
+    assert all(value.isfinite().all() for value in found["model"].values())
+    assert int(found["optimizer"]["state"][0]["step"]) == 3
+
+
+def test_processes_that_find_different_checkpoints_do_not_train(pictures, tmp_path):
+    pretrain(pictures, tmp_path / "0", "--effective_batch_size", 4, "--epochs", 1)
+    script = tmp_path / "local_folders.py"
+    script.write_text(
+        "import os, sys, main_pretrain\n"
+        f"main_pretrain.main([*sys.argv[1:], '--output_dir', r'{tmp_path}/' + os.environ['RANK']])\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    given = flags(pictures, tmp_path / "1", "--effective_batch_size", 4, "--batch_size", 2)
+    result = subprocess.run([*map(str, launcher), *given], capture_output=True, text=True, env=environment())
+    assert result.returncode != 0
+    assert "the processes found different checkpoints there, of step 0 and of step 7" in result.stderr
+    assert content(tmp_path / "0")["step"] == 7
+
+
+def test_a_killed_worker_is_restarted_by_torchrun_and_nan_on_one_rank_is_everyones(pictures, tmp_path):
+    """Two processes: rank 1 sees NaN in one step and is killed in another; the run ends by itself, unharmed."""
+    nan = {"kind": "nan", "forward": 1, "rank": 1}
+    more = ["--masking", "sbam_amr", "--batch_size", 2, "--save_every_minutes", 0]
+    whole = torchrun(pictures, tmp_path / "whole", [nan], *more)
+    assert whole.returncode == 0, whole.stderr
+    kill = {"kind": "SIGKILL", "forward": 9, "rank": 1, "once": str(tmp_path / "killed")}
+    # After the restart the process counts from 0 again, and its second step is another one.
+    nan_once = nan | {"once": str(tmp_path / "seen")}
+    broken = torchrun(pictures, tmp_path / "parts", [nan_once, kill], *more, launcher=["--max-restarts=3"])
+    assert broken.returncode == 0, broken.stderr
+    assert (tmp_path / "killed").exists()
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert log_lines(tmp_path / "whole")[0]["train_skipped_steps"] == 1
+
+
+def test_workers_whose_launcher_is_killed_stop_and_continue(pictures, tmp_path):
+    more = ["--masking", "sbam_amr", "--batch_size", 2]
+    assert torchrun(pictures, tmp_path / "whole", [], *more).returncode == 0
+    orphan = {"kind": "orphan", "forward": 5, "rank": 1}
+    assert torchrun(pictures, tmp_path / "parts", [orphan], *more).returncode == -signal.SIGKILL
+    # The same command at once waits for the workers that write their checkpoint.
+    again = torchrun(pictures, tmp_path / "parts", [], *more)
+    assert again.returncode == 0, again.stderr
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(tmp_path / "parts") not in listed
+
+
+def test_two_runs_do_not_write_to_one_folder(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lock, "WAIT_S", 0.5)
+    script = "import sys, time; from pathlib import Path; from util import lock; file = lock.hold(Path(sys.argv[1])); "
+    script += "print('held', flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(SystemExit) as stop:
+        pretrain(pictures, tmp_path)
+    assert stop.value.code == 2
+    assert f"--output_dir {tmp_path}: process {other.pid} on" in capsys.readouterr().err
+    assert not (tmp_path / "log.txt").exists()
+    other.kill()
+    other.wait()
+    assert len(pretrain(pictures, tmp_path)) == 2
+
+
+def test_the_number_of_processes_may_change(pictures, tmp_path):
+    """2, then 1, then 2: the same global batches and masks, so the same losses."""
+    more = ["--masking", "sbam_amr", "--effective_batch_size", 4, "--epochs", 3]
+    whole = pretrain(pictures, tmp_path / "whole", *more)
+    stop = [{"kind": "SIGTERM", "forward": 4, "rank": 1}]
+    assert torchrun(pictures, tmp_path / "parts", stop, *more, "--batch_size", 2).returncode != 0
+    assert content(tmp_path / "parts")["step"] == 5
+    with injected([{"kind": "SIGTERM", "forward": 7}]):
+        stopped(pictures, tmp_path / "parts", *more)
+    last = torchrun(pictures, tmp_path / "parts", [], *more, "--batch_size", 2)
+    assert last.returncode == 0, last.stderr
+    losses = [[line["train_loss"] for line in lines] for lines in (whole, log_lines(tmp_path / "parts"))]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("still", [0, 1])
+def test_a_process_that_stands_still_is_named(pictures, tmp_path, still):
+    """And killed by the other: torchrun need not wait 30 seconds for it to obey SIGTERM."""
+    faults = [{"kind": "SIGSTOP", "forward": 2, "rank": still, "once": str(tmp_path / "struck")}]
+    result = torchrun(pictures, tmp_path, faults, "--batch_size", 2, "--dist_timeout", 10)
+    assert result.returncode != 0
+    said = f"rank {1 - still} could not reach all other processes within --dist_timeout: rank {still} did not answer"
+    assert said in result.stderr
+    assert "forcefully exiting" not in result.stderr
+
+
+def test_workers_end_with_their_process(pictures, tmp_path):
+    """They ignore SIGTERM while it trains, which Python sends them, and waits, when it ends."""
+    result = torchrun(pictures, tmp_path, [], "--num_workers", 2, "--epochs", 1, processes=1)
+    assert result.returncode == 0, result.stderr
