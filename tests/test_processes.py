@@ -119,3 +119,23 @@ def test_workers_end_with_their_process(pictures, tmp_path):
     """They ignore SIGTERM while it trains, which Python sends them, and waits, when it ends."""
     result = torchrun(pictures, tmp_path, [], "--num_workers", 2, "--epochs", 1, processes=1)
     assert result.returncode == 0, result.stderr
+
+
+def test_one_that_is_late_is_not_taken_for_one_that_stands_still(tmp_path):
+    """Rank 1 comes 8 seconds after rank 0, whose --dist_timeout is over first; only rank 2 never comes."""
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import os, signal, time\n"
+        "from util import control, dist\n"
+        "dist.init('cpu', 12)\n"
+        "agreement = control.Agreement(12)\n"
+        "assert agreement.maximum(dist.rank()) == [2]\n"
+        "if dist.rank() == 1: time.sleep(8)\n"
+        "if dist.rank() == 2: os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "try: agreement.maximum(0)\n"
+        "except RuntimeError as error: agreement.explain(error)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(script)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+    assert result.returncode != 0
+    assert "rank 0 could not reach all other processes within --dist_timeout: rank 2 did not answer (" in result.stderr

@@ -17,11 +17,13 @@ import torch
 import torch.distributed as td
 
 from util import dist
+from util.roll_call import RollCall
 
 # Exit status of a run that was asked to stop and has written a checkpoint: the same command continues (EX_TEMPFAIL).
 PREEMPTED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 _NAMING_S = 5
+_PATIENCE_S = 2
 _STALL_S = 60.0
 
 
@@ -140,14 +142,24 @@ class Agreement:
     def __init__(self, timeout_s: float):
         self._group = None
         if td.is_initialized():
+            self._calls = RollCall(dist.store())
             self._group = td.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+            self._calls.learn()
 
     def maximum(self, *values: int) -> list[int]:
         """The largest of each value over all processes."""
         if self._group is None:
             return list(values)
         shared = torch.tensor(values)
-        td.all_reduce(shared, op=td.ReduceOp.MAX, group=self._group)
+        self._calls.begin()
+        work = td.all_reduce(shared, op=td.ReduceOp.MAX, group=self._group, async_op=True)
+        try:
+            work.wait(datetime.timedelta(seconds=_PATIENCE_S))
+        except RuntimeError:
+            if work.is_completed():
+                raise
+            self._calls.announce()  # others may have waited longer, and ask sooner who is there
+            work.wait()
         return shared.tolist()
 
     def explain(self, error: RuntimeError) -> None:
@@ -157,7 +169,7 @@ class Agreement:
         """
         if self._group is None or not _is_exchange(error):
             return
-        missing, text = dist.roll_call(_NAMING_S), str(error)
+        missing, text = self._calls.missing(_NAMING_S), str(error)
         print(
             f"error: rank {dist.rank()} could not reach all other processes within --dist_timeout: "
             f"{_who_is_missing(missing)} ({text.splitlines()[0]}); the same command continues from the checkpoint",
@@ -166,13 +178,13 @@ class Agreement:
         )
         if "timed out" in text.lower() or "timeout" in text.lower():  # else it may be in the middle of a step
             for number in missing or []:
-                dist.kill_sibling(number)
+                self._calls.kill(number)
         os._exit(1)  # threads of the exchange may never end
 
 
 def _who_is_missing(missing: list[int] | None) -> str:
     if missing is None:
-        return f"the launcher on {os.environ.get('MASTER_ADDR', 'the first machine')} did not answer either"
+        return f"nor does the place where they met, {os.environ.get('MASTER_ADDR')}, answer"
     if not missing:
         return "all processes answer now"
     return f"rank {', '.join(map(str, missing))} did not answer"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import datetime
 import os
 import signal
 import sys
-import threading
 import time
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as td
@@ -19,8 +16,7 @@ from torch import nn
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _THERE = datetime.timedelta(seconds=60)
-_store: td.Store | None = None  # where the processes met
-_pids: list[int] = []
+_store: td.Store | None = None
 
 
 def rank() -> int:
@@ -90,50 +86,23 @@ def _follow_launcher() -> None:
 
 
 def _join(backend: str, timeout: datetime.timedelta) -> None:
-    global _store, _pids
+    global _store
     # torchrun's own store is there already, or never will be.
     there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store, rank_, size = next(td.rendezvous("env://", timeout=min(timeout, _THERE) if there else timeout))
-    store.set_timeout(timeout)
+    met, rank_, size = next(td.rendezvous("env://", timeout=min(timeout, _THERE) if there else timeout))
+    met.set_timeout(timeout)
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         # torchrun keeps the store when it restarts workers: what the dead ones wrote there must not be read.
-        store = td.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        met = td.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", met)
     # NCCL's own clock kills without a word: the host, which waits for the others in every step, shall be the first.
     longer = datetime.timedelta(seconds=15 if backend == "nccl" else 0)
-    td.init_process_group(backend, store=store, rank=rank_, world_size=size, timeout=timeout + longer)
-    store.set(f"pid_{rank_}", str(os.getpid()))
-    _store, _pids = store, [int(store.get(f"pid_{number}")) for number in range(size)]
+    td.init_process_group(backend, store=met, rank=rank_, world_size=size, timeout=timeout + longer)
+    _store = met
 
 
-def roll_call(seconds: float) -> list[int] | None:
-    """Which processes do not say, within `seconds`, that they are there; None if torchrun's store does not answer."""
-    found: list[list[int]] = []
-    caller = threading.Thread(target=lambda: found.append(_call_roll(seconds)), daemon=True)
-    caller.start()
-    caller.join(2 * seconds)  # the process of the store may be the one that stands still
-    if found:
-        return found[0]
-    return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else [0]
-
-
-def _call_roll(seconds: float) -> list[int]:
-    missing, end = [], time.monotonic() + seconds
-    _store.set(f"present_{rank()}", "")
-    for number in range(world_size()):
-        try:
-            _store.wait([f"present_{number}"], datetime.timedelta(seconds=max(end - time.monotonic(), 0.01)))
-        except td.DistError:
-            missing.append(number)
-    return missing
-
-
-def kill_sibling(number: int) -> None:
-    """SIGKILL for process `number`, if it has the same parent as this one."""
-    with contextlib.suppress(OSError):
-        process = _pids[number]
-        parent = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1]
-        if int(parent) == os.getppid():
-            os.kill(process, signal.SIGKILL)
+def store() -> td.Store:
+    """Where the processes have met; several processes only."""
+    return _store
 
 
 def finish() -> None:
