@@ -94,7 +94,8 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_sentence_and_a_good_checkpoi
     torch.testing.assert_close(weights(output), weights(whole), rtol=0, atol=0)
 
 
-def test_a_disk_that_goes_away_and_one_that_is_read_only(pictures, disk, capsys):
+def test_a_disk_that_goes_away_and_one_that_is_read_only(pictures, disk, capsys, monkeypatch):
+    monkeypatch.setattr(record, "RETRY_S", 0.0)
     output = disk / "run"
     with injected([{"kind": "unmount", "forward": 8, "path": str(disk)}]), pytest.raises(SystemExit) as stop:
         main_pretrain.main(flags(pictures, output))
@@ -102,6 +103,7 @@ def test_a_disk_that_goes_away_and_one_that_is_read_only(pictures, disk, capsys)
     said = capsys.readouterr().err
     assert said.strip().splitlines()[-1].startswith("error: --output_dir")
     assert "No such file or directory" in said
+    assert not output.exists()  # nothing is begun anew where the disk was mounted
     subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", disk], check=True)
     with pytest.raises(SystemExit) as stop:
         main_pretrain.main(flags(pictures, output))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import os
 import sys
 import threading
 import time
@@ -86,24 +88,35 @@ class Events:
             self._do(lambda writer: writer.close())
 
     def _do(self, action: Callable[[Any], None]) -> None:
-        if self._writer is None and time.monotonic() < self._again:
+        if self._writer is not None:
+            try:
+                action(self._writer)
+                return
+            except OSError:  # of an earlier write: a thread does them; there may be room again
+                self._drop()
+        elif time.monotonic() < self._again:
             return
         try:
-            if self._writer is None:
-                self._writer = self._open()
+            self._writer = self._open()
             action(self._writer)
+            self._writer.flush()
         except OSError as error:
             warn(f"--log_dir {self._folder}: no points for TensorBoard ({error.strerror or error}); training goes on")
             self._again = time.monotonic() + RETRY_S
-            lost, self._writer = self._writer, None
-            if lost is not None:
-                with contextlib.suppress(OSError):
-                    lost.close()
+            self._drop()
+
+    def _drop(self) -> None:
+        lost, self._writer = self._writer, None
+        if lost is not None:
+            with contextlib.suppress(OSError):
+                lost.close()
 
     def _open(self):
         from torch.utils.tensorboard import SummaryWriter  # a second, which evaluations need not wait for
 
         _silence_writer_threads()
+        if not self._folder.is_dir():  # a disk that went away: the writer would make the folder where it was
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
         self._purge_step = None  # not again, where one is opened after a disk was full: these points are this run's
         return writer
