@@ -1,18 +1,26 @@
-"""Supervised training steps, and evaluation. Fine-tuning and linear probing share both."""
+"""Train and evaluate classifiers: what fine-tuning and linear probing share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from util import dist, precision
-from util.batches import MicroBatch
-from util.epoch import EpochLoop
-from util.log import Averages
-from util.step import GradientStep, StepOutcome
+from util import precision
+from util.config import SupervisedSettings
+from util.data import transforms
+from util.data.datasets import SeededImages
+from util.data.step_loader import MicroBatch, evaluation_loader
+from util.distributed import world
+from util.training.averages import Averages
+from util.training.epoch import EpochLoop
+from util.training.inputs import Inputs
+from util.training.run import Run
+from util.training.step import GradientStep, StepOutcome
 
 Prepare = Callable[[list], tuple[torch.Tensor, torch.Tensor]]  # batch -> images, targets, on the device
 
@@ -103,4 +111,112 @@ def evaluate(
         averages.add("acc1", 100.0 * hits[:, :1].sum(), len(images))
         averages.add("acc5", 100.0 * hits.sum(), len(images))
         counted += len(images)
-    return averages.read() | {"images": int(dist.all_reduce(counted))}
+    return averages.read() | {"images": int(world.all_reduce(counted))}
+
+
+@dataclass
+class Task:
+    """Everything the epochs need that differs between fine-tuning and probing.
+
+    Attributes:
+        model: the classifier, on the device, bare.
+        optimizer: over its trained parameters.
+        transform: PIL image -> uint8 tensor, for training.
+        prepare: batch -> images and targets on the device, for training.
+        smoothing: label smoothing of the loss.
+        multiple: of which the micro-batches must be.
+    """
+
+    model: VisionTransformer
+    optimizer: torch.optim.Optimizer
+    transform: Callable
+    prepare: Prepare
+    smoothing: float = 0.0
+    multiple: int = 1
+
+
+def fit(job: Run, inputs: Inputs, task: Task) -> None:
+    """Train and evaluate for the epochs that are left; save and log after each."""
+    settings, bare = job.settings, task.model
+    job.classes = inputs.train.classes
+    evaluate = evaluator(job, inputs, bare)
+    scaler = precision.grad_scaler(job.amp, job.device)
+    loader = job.step_loader(inputs.train, task.transform, task.multiple)
+    job.restore(bare, task.optimizer, scaler, len(loader))
+    if settings.compile:
+        bare.compile()
+    model: nn.Module = world.wrap(bare, job.device, loader.plan.accumulates)
+    nominal_images = settings.batch_size * loader.plan.accum_iter
+    update = GradientStep(model, task.optimizer, scaler, nominal_images, settings.clip_grad)
+    loop = job.loop(loader, task.optimizer)
+    for epoch in job.epochs():
+        train = train_one_epoch(model, loop, update, epoch, prepare=task.prepare, smoothing=task.smoothing, amp=job.amp)
+        world.average_buffers(bare)
+        test = evaluate(epoch, loop.averages)
+        job.best = max(job.best, test["acc1"])
+        job.log.say(_describe(f"epoch {epoch}", test, job.best))
+        job.log.scalars({f"test/{name}": value for name, value in test.items()}, (epoch + 1) * len(loader))
+        line = {f"train_{name}": value for name, value in train.items()}
+        line |= {f"test_{name}": value for name, value in test.items()}
+        job.log.epoch(line | {"test_acc1_best_epoch": job.best, "epoch": epoch})
+        job.save_epoch(epoch)
+    if job.start_epoch >= settings.epochs:
+        job.signals.leave_at_once()
+        job.log.say(_describe("finished before", evaluate(), job.best))
+    job.finish()
+
+
+def evaluate_only(job: Run, inputs: Inputs, model: VisionTransformer) -> None:
+    """`--eval`: accuracy of a checkpoint, nothing else."""
+    model.load_state_dict(inputs.weights)
+    job.signals.leave_at_once()
+    test = evaluator(job, inputs, model)()
+    job.log.say(_describe("evaluated", test, test["acc1"]))
+    job.finish()
+
+
+def evaluator(job: Run, inputs: Inputs, model: VisionTransformer) -> Callable[..., dict[str, float]]:
+    """A function that evaluates `model` as it is now on all validation images, each counted once.
+
+    After an epoch of training it takes the epoch and its averages, so that a run that is stopped in the middle of the
+    evaluation continues with it.
+    """
+    settings = job.settings
+    transform = transforms.evaluation_transform(model.patch_embed.img_size, settings.crop_pct)
+    normalize = transforms.Normalize(*statistics(settings)).to(job.device)
+    indices = range(world.rank(), len(inputs.val), world.world_size())
+    if not settings.dist_eval:  # the first process counts all images, the others none
+        indices = range(len(inputs.val) if world.is_main() else 0)
+    images = SeededImages(inputs.val, transform, settings.seed, settings.max_bad_images)
+    batches = evaluation_loader(
+        images,
+        indices,
+        batch_size=settings.batch_size,
+        num_workers=settings.num_workers,
+        pin_memory=job.pin_memory,
+    )
+
+    def prepare(batch: list) -> tuple[torch.Tensor, torch.Tensor]:
+        images, targets = (tensor.to(job.device, non_blocking=True) for tensor in batch)
+        return normalize(images), targets
+
+    rounds = job.agreement.maximum(len(batches))[0]
+
+    def evaluate(epoch: int | None = None, averages: Averages | None = None) -> dict[str, float]:
+        shown = batches if epoch is None else job.checked(batches, rounds, epoch, averages)
+        result = evaluate(model, shown, prepare, job.device, job.amp)
+        return result | {"bad_images": images.bad.collect(job.device)}
+
+    return evaluate
+
+
+def statistics(settings: SupervisedSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation for normalisation."""
+    return transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
+
+
+def _describe(when: str, test: dict[str, float], best: float) -> str:
+    return (
+        f"{when}: accuracy on {test['images']} validation images: {test['acc1']:.2f}% (top 5 {test['acc5']:.2f}%, "
+        f"loss {test['loss']:.4f}); best epoch so far, chosen on these images: {best:.2f}%"
+    )

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from util import dist, precision
-from util.batches import MicroBatch
-from util.epoch import EpochLoop
-from util.log import Averages
-from util.step import GradientStep, StepOutcome
+from util import precision
+from util.data.step_loader import MicroBatch
+from util.distributed import world
+from util.training.averages import Averages
+from util.training.epoch import EpochLoop
+from util.training.step import GradientStep, StepOutcome
 
 Prepare = Callable[[MicroBatch], tuple[torch.Tensor, ...]]  # -> arguments of the model, on the device
 
@@ -67,7 +68,7 @@ def train_step(
         num_images += len(images)
         num_removed = num_removed + removed
         loss_sum = loss_sum + loss.detach() * removed
-        _add_mask(averages, mask, getattr(dist.unwrap(model), "mask_stats", {}))
+        _add_mask(averages, mask, getattr(world.unwrap(model), "mask_stats", {}))
     outcome = update.apply(num_removed, loss_sum, num_images)
     averages.add("loss", outcome.counted(loss_sum), outcome.counted(num_removed))
     return outcome

@@ -10,10 +10,13 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.models.vision_transformer import VisionTransformer
 
+import engine_finetune
 import models_vit
-import supervised
-from util import cli, optim, run, transforms
+from util import cli, optim
 from util.config import FinetuneSettings
+from util.data import transforms
+from util.training import run
+from util.training.inputs import Inputs, open_inputs
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -22,17 +25,17 @@ def main(argv: list[str] | None = None) -> None:
     multiple = 2 if settings.mixes else 1
 
     def build(num_classes: int, with_head: bool = True) -> VisionTransformer:
-        return supervised.build_model(settings, num_classes, settings.drop_path)
+        return models_vit.build_model(settings, num_classes, settings.drop_path)
 
     with cli.exit_on_user_error():
-        inputs = supervised.check(settings, build, multiple)
+        inputs = open_inputs(settings, build, multiple)
         make_transform(settings, (32, 32))
     with run.Run.start(settings, inputs.resumed) as job:
         inputs.resumed = None  # the run holds it, until it has restored from it
         train(job, inputs, build)
 
 
-def train(job: run.Run, inputs: supervised.Inputs, build: Callable[..., VisionTransformer]) -> None:
+def train(job: run.Run, inputs: Inputs, build: Callable[..., VisionTransformer]) -> None:
     """Build the model and the optimizer, and train, or only evaluate."""
     settings = job.settings
     model = build(inputs.num_classes)
@@ -41,10 +44,10 @@ def train(job: run.Run, inputs: supervised.Inputs, build: Callable[..., VisionTr
         model.load_state_dict(inputs.weights, strict=False)
     job.place(model)
     if settings.eval:
-        supervised.evaluate_only(job, inputs, model)
+        engine_finetune.evaluate_only(job, inputs, model)
         return
-    mean, std = supervised.statistics(settings)
-    task = supervised.Task(
+    mean, std = engine_finetune.statistics(settings)
+    task = engine_finetune.Task(
         model=model,
         optimizer=optim.finetune_adamw(model, settings.weight_decay, settings.layer_decay, job.device),
         transform=make_transform(settings, model.patch_embed.img_size),
@@ -52,12 +55,12 @@ def train(job: run.Run, inputs: supervised.Inputs, build: Callable[..., VisionTr
         smoothing=0.0 if settings.mixes else settings.smoothing,  # with mixup it is in the targets
         multiple=2 if settings.mixes else 1,
     )
-    supervised.fit(job, inputs, task)
+    engine_finetune.fit(job, inputs, task)
 
 
 def make_transform(settings: FinetuneSettings, size: tuple[int, int]) -> Callable:
     """The augmentation on the host."""
-    mean, _ = supervised.statistics(settings)
+    mean, _ = engine_finetune.statistics(settings)
     scale = tuple(settings.crop_scale)
     return transforms.finetune_transform(size, scale, settings.hflip, settings.aa, settings.color_jitter, mean)
 

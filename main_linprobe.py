@@ -8,10 +8,13 @@ from collections.abc import Callable
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+import engine_finetune
 import models_vit
-import supervised
-from util import cli, optim, run, transforms
+from util import cli, optim
 from util.config import LinprobeSettings
+from util.data import transforms
+from util.training import run
+from util.training.inputs import Inputs, open_inputs
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -19,19 +22,19 @@ def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(LinprobeSettings, argv)
 
     def build(num_classes: int, with_head: bool = True) -> VisionTransformer:
-        model = supervised.build_model(settings, num_classes)
+        model = models_vit.build_model(settings, num_classes)
         if with_head:
             models_vit.add_probe_head(model)
         return model
 
     with cli.exit_on_user_error():
-        inputs = supervised.check(settings, build, multiple=2)  # BatchNorm needs two images
+        inputs = open_inputs(settings, build, multiple=2)  # BatchNorm needs two images
     with run.Run.start(settings, inputs.resumed) as job:
         inputs.resumed = None  # the run holds it, until it has restored from it
         train(job, inputs, build)
 
 
-def train(job: run.Run, inputs: supervised.Inputs, build: Callable[..., VisionTransformer]) -> None:
+def train(job: run.Run, inputs: Inputs, build: Callable[..., VisionTransformer]) -> None:
     """Build the model and the optimizer, and train, or only evaluate."""
     settings = job.settings
     model = build(inputs.num_classes, with_head=False)
@@ -41,23 +44,23 @@ def train(job: run.Run, inputs: supervised.Inputs, build: Callable[..., VisionTr
     models_vit.add_probe_head(model)
     job.place(model)
     if settings.eval:
-        supervised.evaluate_only(job, inputs, model)
+        engine_finetune.evaluate_only(job, inputs, model)
         return
-    normalize = transforms.Normalize(*supervised.statistics(settings)).to(job.device)
+    normalize = transforms.Normalize(*engine_finetune.statistics(settings)).to(job.device)
 
     def prepare(batch: list) -> tuple[torch.Tensor, torch.Tensor]:
         images, targets = (tensor.to(job.device, non_blocking=True) for tensor in batch)
         return normalize(images), targets
 
     size, scale = model.patch_embed.img_size, tuple(settings.crop_scale)
-    task = supervised.Task(
+    task = engine_finetune.Task(
         model=model,
         optimizer=optim.LARS(model.head.parameters(), weight_decay=settings.weight_decay),
         transform=transforms.probe_transform(size, scale, settings.hflip),
         prepare=prepare,
         multiple=2,
     )
-    supervised.fit(job, inputs, task)
+    engine_finetune.fit(job, inputs, task)
 
 
 if __name__ == "__main__":

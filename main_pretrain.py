@@ -9,12 +9,15 @@ import torch
 
 import engine_pretrain
 import masking
-import models_mae
-import monitor
-from util import checkpoint, cli, datasets, dist, optim, precision, resume, run, seeding, transforms
-from util.batches import MicroBatch
+from evaluation import monitor
+from methods import base
+from util import cli, optim, precision, seeding
 from util.config import PretrainSettings
-from util.step import GradientStep
+from util.data import datasets, transforms
+from util.data.step_loader import MicroBatch
+from util.distributed import world
+from util.training import checkpoint, resume, run
+from util.training.step import GradientStep
 
 
 @dataclass
@@ -40,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(job: run.Run, inputs: Inputs) -> None:
     """Build the model and the optimizer, and train for the epochs that are left."""
     settings = job.settings
-    bare = build_model(settings)
+    bare = base.build_model(settings)
     if inputs.weights is not None:
         bare.load_state_dict(inputs.weights)
     job.place(bare)
@@ -50,7 +53,7 @@ def train(job: run.Run, inputs: Inputs) -> None:
     transform = transforms.pretrain_transform(size, scale, settings.hflip, settings.exact_resize)
     loader = job.step_loader(inputs.images, transform)
     plan = loader.plan
-    model = dist.wrap(bare, job.device, plan.accumulates)
+    model = world.wrap(bare, job.device, plan.accumulates)
     optimizer = optim.pretrain_adamw(bare, settings.weight_decay, job.device)
     scaler = precision.grad_scaler(job.amp, job.device)
     job.restore(bare, optimizer, scaler, len(loader))
@@ -59,13 +62,13 @@ def train(job: run.Run, inputs: Inputs) -> None:
     update = GradientStep(model, optimizer, scaler, nominal_tokens, settings.clip_grad)
     shown = ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "grad_norm")
     loop = job.loop(loader, optimizer, shown)
-    normalize = transforms.Normalize(*channel_statistics(settings)).to(job.device)
+    normalize = transforms.Normalize(*base.channel_statistics(settings)).to(job.device)
     if settings.compile:
         normalize.compile(dynamic=True)  # flip, conversion and normalisation in one pass over the pixels
     prepare = make_prepare(normalize, settings.seed, bare.num_patches, job.device)
 
     watcher = None
-    if dist.is_main() and (settings.eval_every or settings.vis_every):
+    if world.is_main() and (settings.eval_every or settings.vis_every):
         watcher = monitor.Monitor(settings, inputs.strategy, normalize, size, job.log)
     for epoch in job.epochs():
         warming_up = epoch < settings.masking_warmup_epochs
@@ -99,10 +102,10 @@ def make_prepare(
 def check(settings: PretrainSettings) -> Inputs:
     """Open what the settings name. ValueError for anything that cannot work, before anything expensive."""
     with torch.device("meta"):
-        model = build_model(settings)
-    strategy = create_strategy(settings)
+        model = base.build_model(settings)
+    strategy = base.create_strategy(settings)
     masking.check(strategy, model.num_patches, model.cls_token.shape[-1])
-    channel_statistics(settings)
+    base.channel_statistics(settings)
     images = datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans, settings.loader)
     plan = run.step_plan(settings, len(images))
     run.check_output_dir(settings)
@@ -116,26 +119,6 @@ def check(settings: PretrainSettings) -> Inputs:
         checkpoint.check_state(settings.finetune, model, weights)
         return Inputs(strategy, images, None, weights)
     return Inputs(strategy, images, None, None)
-
-
-def build_model(settings: PretrainSettings) -> models_mae.MaskedAutoencoderViT:
-    """The model, still with random masking; on the current default device."""
-    sizes = {"img_size": settings.size("input_size"), "patch_size": settings.size("patch_size")}
-    given = {name: size for name, size in sizes.items() if size is not None}
-    return models_mae.create_model(
-        settings.model, in_chans=settings.in_chans, norm_pix_loss=settings.norm_pix_loss, **given
-    )
-
-
-def create_strategy(settings: PretrainSettings) -> masking.base.Strategy:
-    """The masking strategy with its own options."""
-    options = {"mask_ratio": settings.mask_ratio} | cli.parse_options(settings.masking_args)
-    return masking.create(settings.masking, **options)
-
-
-def channel_statistics(settings: PretrainSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation for normalisation."""
-    return transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
 
 
 if __name__ == "__main__":

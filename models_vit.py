@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from util.checkpoint import describe_difference
-from util.pos_embed import resize_pos_embed
+from util.config import SupervisedSettings
 from util.suggest import check_known
 
 # name -> patch size, width, blocks, heads, default image size; the encoders of models_mae under the same suffix.
@@ -72,49 +70,6 @@ def create_model(
     )
 
 
-def fit_state(
-    model: VisionTransformer, state: dict[str, torch.Tensor], old_grid: tuple[int, int] | None = None
-) -> dict[str, torch.Tensor]:
-    """The part of a checkpoint that `model` starts from: a pre-trained encoder, or a fine-tuned classifier.
-
-    The decoder is left out, the position table is resized to the model's grid, a head for another number of classes
-    is left out.
-
-    Args:
-        model: from `create_model`, before its head is changed; the meta device will do.
-        state: a checkpoint's state dict.
-        old_grid: rows and columns of patches of the checkpoint; a square grid if None.
-
-    Returns:
-        For `load_state_dict(..., strict=False)`: all but `head.*`, and but `fc_norm.*` with global pooling.
-
-    Raises:
-        ValueError: any other tensor is missing, or has another shape; names the first few.
-    """
-    wanted = model.state_dict()
-    grid = model.patch_embed.grid_size
-    state = {name: tensor for name, tensor in state.items() if name in wanted}
-    table = state.get("pos_embed")
-    if table is not None and table.shape[-1] == wanted["pos_embed"].shape[-1]:
-        state["pos_embed"] = _fit_table(table, grid, old_grid)
-    if "head.weight" in state and state["head.weight"].shape != wanted["head.weight"].shape:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    start_fresh = {name for name in wanted if name.startswith(("head.", "fc_norm.")) and name not in state}
-    difference = describe_difference({name: wanted[name] for name in wanted if name not in start_fresh}, state)
-    if difference:
-        raise ValueError(f"a checkpoint of another architecture than --model: {difference}")
-    return state
-
-
-def _fit_table(table: torch.Tensor, grid: tuple[int, int], old_grid: tuple[int, int] | None) -> torch.Tensor:
-    if old_grid is None:
-        side = round((table.shape[1] - 1) ** 0.5)
-        if side * side != table.shape[1] - 1:
-            raise ValueError(f"the checkpoint's position table has {table.shape[1] - 1} places, not a square grid")
-        old_grid = (side, side)
-    return table if tuple(old_grid) == tuple(grid) else resize_pos_embed(table, grid, old_grid)
-
-
 def add_probe_head(model: VisionTransformer) -> None:
     """Freeze `model` and give it the head of linear probing: BatchNorm without scale and shift, then a linear layer."""
     for parameter in model.parameters():
@@ -128,3 +83,16 @@ def add_probe_head(model: VisionTransformer) -> None:
 def init_finetune_head(model: VisionTransformer) -> None:
     """Start the head close to zero, as MAE does: its first outputs are almost equal for all classes."""
     nn.init.trunc_normal_(model.head.weight, std=2e-5)
+
+
+def build_model(settings: SupervisedSettings, num_classes: int, drop_path: float = 0.0) -> VisionTransformer:
+    """The classifier that the settings name, with a plain linear head."""
+    return create_model(
+        settings.model,
+        num_classes=num_classes,
+        img_size=settings.size("input_size"),
+        patch_size=settings.size("patch_size"),
+        in_chans=settings.in_chans,
+        global_pool=settings.pools,
+        drop_path=drop_path,
+    )

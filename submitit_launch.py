@@ -18,8 +18,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from util import cli, slurm
+from util import cli
 from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings, Settings
+from util.distributed import slurm
 
 TASKS = {"pretrain": PretrainSettings, "finetune": FinetuneSettings, "linprobe": LinprobeSettings}
 ROOT = Path(__file__).resolve().parent
@@ -34,7 +35,7 @@ class Job:
 
     def __call__(self) -> None:
         sys.path.insert(0, self.root)
-        from util import slurm
+        from util.distributed import slurm
 
         slurm.describe_rank()
         with slurm.requeued():
@@ -117,7 +118,7 @@ def submit(given: argparse.Namespace, job: Job, folder: Path) -> None:
 
 def parameters(given: argparse.Namespace) -> dict:
     """The launcher's flags in the words of submitit's SlurmExecutor."""
-    meet = f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)} -m util.slurm"
+    meet = f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)} -m util.distributed.slurm"
     values = {
         "job_name": given.job_name,
         "nodes": given.nodes,

@@ -15,9 +15,9 @@ import models_mae
 from benchmarks.measure import optimizer_tensors
 from masking import Mask
 from util import optim, precision
-from util.batches import MicroBatch
-from util.log import Averages
-from util.step import GradientStep
+from util.data.step_loader import MicroBatch
+from util.training.averages import Averages
+from util.training.step import GradientStep
 
 
 @dataclass

@@ -22,11 +22,11 @@ from torchvision.transforms import InterpolationMode
 
 from benchmarks import report, timing
 from benchmarks.pictures import write_jpegs
-from util import crop, decode
-from util.datasets import ImageSet
-from util.prepare import crop_pair, resized
-from util.sources import Files, Source
-from util.tar_shards import TarShards
+from util.data import crop, decode
+from util.data.datasets import ImageSet
+from util.data.resize import crop_pair, resized
+from util.data.sources import Files, Source
+from util.data.tar_shards import TarShards
 
 SIZE, SCALE = (224, 224), (0.2, 1.0)
 Crop = Callable[[bytes], np.ndarray]  # an encoded picture -> its crop (h, w, 3), flipped or not

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from util import dist
+from util.distributed import world
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -24,7 +24,7 @@ def table(rows: list[dict[str, object]]) -> str:
 
 def environment(packages: tuple[str, ...] = ("torch", "torchvision", "timm", "transformers")) -> dict[str, str]:
     """Date, processor, GPU and versions, as they belong above every table."""
-    found = {"date": datetime.date.today().isoformat(), "cpu": f"{dist.usable_cores()} x {_processor()}"}
+    found = {"date": datetime.date.today().isoformat(), "cpu": f"{world.usable_cores()} x {_processor()}"}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
         found["cuda"] = str(torch.version.cuda)

@@ -15,9 +15,10 @@ from benchmarks import report
 from benchmarks.contenders import Ours
 from benchmarks.timing import Spread, wait_for_device
 from benchmarks.training import MODELS
-from util import checkpoint, precision
+from util import precision
 from util.config import PretrainSettings
-from util.saver import Saver
+from util.training import checkpoint
+from util.training.saver import Saver
 
 
 def main(argv: list[str]) -> None:

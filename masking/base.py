@@ -14,7 +14,7 @@ from fractions import Fraction
 
 import torch
 
-from util.packing import KeptTokens
+from masking.kept import KeptTokens
 from util.suggest import nearest
 
 Strategy = Callable[..., "Mask"]  # (tokens (N, L, D), noise (N, L) or None) -> Mask

@@ -9,14 +9,14 @@ import json
 import sys
 from pathlib import Path
 
+from evaluation import measure
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import inspection
-import monitor
-import views
-from util import checkpoint, visualize
+from evaluation import checkpoints, drawing, figures, monitor
+from util.training import checkpoint
 
 
 def main(output: Path, strategies: list[str]) -> int:
@@ -54,7 +54,7 @@ def percent(value: float | None) -> str:
 
 def knn(run: Path) -> float:
     """k-NN accuracy of a run's encoder, mean of the patch tokens."""
-    return inspection.measure(inspection.open_checkpoint(run / checkpoint.LAST), ("knn",))["knn"]
+    return measure.measure(checkpoints.open_checkpoint(run / checkpoint.LAST), ("knn",))["knn"]
 
 
 def last_accuracy(run: Path) -> float:
@@ -64,15 +64,15 @@ def last_accuracy(run: Path) -> float:
 
 def draw(run: Path, path: Path, num_images: int = 6) -> None:
     """Images, salience, the three masks, and the reconstruction under AMR."""
-    opened = inspection.open_checkpoint(run / checkpoint.LAST)
+    opened = checkpoints.open_checkpoint(run / checkpoint.LAST)
     images = monitor.open_sets(opened.settings, opened.size, 1, num_images).val
     pixels = torch.stack([images[0, index][0] for index in range(num_images)])
-    strategies = views.standard_strategies(opened.settings, opened.strategy, opened.model.num_patches)
-    temperature = views.temperature_of(opened.strategy)
-    columns = views.columns(
+    strategies = figures.standard_strategies(opened.settings, opened.strategy, opened.model.num_patches)
+    temperature = figures.temperature_of(opened.strategy)
+    columns = figures.columns(
         opened.model, pixels, opened.normalize, strategies, temperature=temperature, rebuilt="sbam_amr"
     )
-    visualize.save(visualize.draw(columns), path)
+    drawing.save(drawing.draw(columns), path)
 
 
 if __name__ == "__main__":

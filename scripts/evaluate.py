@@ -13,11 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from evaluation import measure
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import inspection
+from evaluation import checkpoints
 from util import cli
 
 
@@ -28,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         check_output(given.output)
         opened = open_model(given)
         start = time.perf_counter()
-        result = inspection.measure(
+        result = measure.measure(
             opened,
             tuple(given.metrics),
             neighbours=given.neighbours,
@@ -64,23 +66,23 @@ def check_output(output: str | None) -> None:
         raise ValueError(f"--output {output}: cannot be written ({error.strerror})") from error
 
 
-def open_model(given: argparse.Namespace) -> inspection.Opened:
+def open_model(given: argparse.Namespace) -> checkpoints.Opened:
     """The checkpoint, or an untrained `--model`."""
     names = ("model", "dataset", "data_path", "input_size", "in_chans", "seed")
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if given.checkpoint:
-        return inspection.open_checkpoint(given.checkpoint, device, **changes)
+        return checkpoints.open_checkpoint(given.checkpoint, device, **changes)
     if not given.model:
         raise ValueError("name a CHECKPOINT, or an untrained --model")
-    return inspection.untrained(changes.pop("model"), device, **changes)
+    return checkpoints.untrained(changes.pop("model"), device, **changes)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="of pre-training, fine-tuning or probing, or published by MAE")
-    parser.add_argument("--metrics", nargs="+", choices=inspection.METRICS, default=list(inspection.METRICS[:-1]))
+    parser.add_argument("--metrics", nargs="+", choices=measure.METRICS, default=list(measure.METRICS[:-1]))
     parser.add_argument("--output", help="JSON file for the numbers")
     parser.add_argument("--neighbours", type=int, default=10, help="k of k-NN")
     parser.add_argument(

@@ -12,11 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from exporting import hugging_face
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors import SafetensorError
 
-import exporting
+from exporting import formats
 from util import cli
 
 
@@ -25,9 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
         check_output(given)
-        found = exporting.read(given.checkpoint, given.source, given.model, given.input_size)
+        found = formats.read(given.checkpoint, given.source, given.model, given.input_size)
         try:
-            exporting.write(found, given.to, given.output)
+            formats.write(found, given.to, given.output)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"--output {given.output}: cannot be written ({error})") from error
     for note in found.notes:
@@ -38,13 +40,13 @@ def main(argv: list[str] | None = None) -> None:
 def check_output(given: argparse.Namespace) -> None:
     """ValueError if `--output` is what is read, or there already, without `--overwrite`."""
     output, is_folder = given.output, given.to == "hf"
-    files = [output / name for name in exporting.HUGGING_FACE_FILES] if is_folder else [output]
+    files = [output / name for name in hugging_face.HUGGING_FACE_FILES] if is_folder else [output]
     if output.is_dir() and not is_folder:
         raise ValueError(f"--output {output}: is a folder; name a file")
     if output.is_file() and is_folder:
         raise ValueError(f"--output {output}: is a file; name a folder")
     source = Path(given.checkpoint)
-    read = [source / name for name in exporting.HUGGING_FACE_FILES] if source.is_dir() else [source]
+    read = [source / name for name in hugging_face.HUGGING_FACE_FILES] if source.is_dir() else [source]
     if any(a.samefile(b) for a in files for b in read if a.exists() and b.exists()):
         raise ValueError(f"--output {output}: is what is converted, and would be lost; choose another name")
     there = [path for path in files if path.exists()]
@@ -57,8 +59,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="file, or folder with --from hf")
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--to", choices=exporting.FORMATS, help="format to write")
-    direction.add_argument("--from", dest="source", choices=exporting.FORMATS, help="format to read; ours is written")
+    direction.add_argument("--to", choices=formats.FORMATS, help="format to write")
+    direction.add_argument("--from", dest="source", choices=formats.FORMATS, help="format to read; ours is written")
     parser.add_argument("--output", type=Path, required=True, help="file, or folder with --to hf")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     parser.add_argument("--model", help="name of the architecture, where the checkpoint does not tell")

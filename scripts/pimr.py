@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PIMR and Global PIMR of methods from their accuracies at several mask ratios; util/pimr.py has the definition.
+"""PIMR and Global PIMR of methods from their accuracies at several mask ratios; studies/pimr.py has the definition.
 
 scripts/pimr.py output/digits_ratios/results.csv --metric knn --plot pimr.png
 scripts/pimr.py accuracies.csv --metric accuracy --method masking       # any CSV with a row for each result
@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util import cli, pimr, plots, tables
+from studies import pimr, plots, tables
+from util import cli
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util import cli, plots, tables
+from studies import plots, tables
+from util import cli
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,15 +21,19 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean
 
+from util.data import statistics
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
-from util import cli, datasets, dist, prepare, prepared
-from util.datasets import ImageSet
-from util.prepared import Recipe, Split
+from util import cli
+from util.data import datasets, resize, resized_writer
+from util.data.datasets import ImageSet
+from util.data.resized_writer import Recipe, Split
+from util.distributed import world
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,12 +49,12 @@ def main(argv: list[str] | None = None) -> None:
         for split in splits:
             say_what_is_left_out(split)
         with exit_where_nothing_can_be_written(recipe):
-            prepared.begin(recipe, splits)
+            resized_writer.begin(recipe, splits)
     bad = []
     with exit_where_nothing_can_be_written(recipe):
         for split in splits:
-            bad += in_parallel(prepared.pieces(split, recipe), arguments.workers, split.title or "pictures")
-        prepared.finish(recipe, splits, bad)
+            bad += in_parallel(resized_writer.pieces(split, recipe), arguments.workers, split.title or "pictures")
+        resized_writer.finish(recipe, splits, bad)
     total = sum(len(split.images) for split in splits)
     say(f"{total - len(bad)} pictures are in {recipe.destination}; {len(bad)} cannot be decoded and were left out")
     if bad:
@@ -72,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--pixels", action="store_true", help="no JPEGs in the shards: pixels, large but quick to read")
     parser.add_argument("--per_shard", type=int, default=5000, help="pictures in a shard")
     parser.add_argument("--in_chans", type=int, default=3, help="1 grey, 3 RGB, 4 RGBA (written as PNG)")
-    parser.add_argument("--workers", type=int, default=dist.usable_cores(), help="processes")
+    parser.add_argument("--workers", type=int, default=world.usable_cores(), help="processes")
     parser.add_argument("--stats", action="store_true", help="only print --mean and --std of the training pictures")
     parser.add_argument("--stats_images", type=int, default=20000, help="pictures for --stats, evenly spaced")
     parser.add_argument("--loader", help="package.module:function, as for pre-training; for --stats")
@@ -196,7 +200,7 @@ def print_psnr(images: ImageSet, recipe: Recipe, most: int = 200) -> None:
     for index in range(0, len(images), -(-len(images) // most)):
         try:
             smaller = recipe.shrink(images, index)
-            found.append(prepare.crop_psnr(images.source.read(index), smaller, index))
+            found.append(resize.crop_psnr(images.source.read(index), smaller, index))
         except OSError:
             continue  # said before
     finite = [value for value in found if value != float("inf")]
@@ -215,7 +219,7 @@ def print_statistics(arguments: argparse.Namespace) -> None:
     step = -(-len(images) // arguments.stats_images)
     parts = [range(start, min(start + 64 * step, len(images)), step) for start in range(0, len(images), 64 * step)]
     work = [functools.partial(_statistics, images, part) for part in parts]
-    total, bad = prepare.ChannelSums(images.channels), []
+    total, bad = statistics.ChannelSums(images.channels), []
     for sums, wrong in in_parallel(work, arguments.workers, "statistics"):
         total.merge(sums)
         bad += wrong
@@ -228,7 +232,7 @@ def print_statistics(arguments: argparse.Namespace) -> None:
 
 
 def _statistics(images: ImageSet, part: range) -> list:
-    return [prepare.statistics_of(images, part)]
+    return [statistics.statistics_of(images, part)]
 
 
 if __name__ == "__main__":

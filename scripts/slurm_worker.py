@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util import slurm
+from util.distributed import slurm
 
 if __name__ == "__main__":
     with slurm.requeued():

@@ -28,12 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from util import cli, control, dist, lock, sweep, sweep_run, tables
+from studies import sweep, tables, trial
+from util import cli
+from util.distributed import signals, world
+from util.training import lock
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def do_run(run: sweep_run.SweepRun, ngpus: int) -> int:
+def do_run(run: trial.SweepRun, ngpus: int) -> int:
     """The steps of one run that are left, in order. The exit status of the first that fails, which is told; else 0."""
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -50,12 +53,12 @@ def do_run(run: sweep_run.SweepRun, ngpus: int) -> int:
             with open(log, "a") as file:
                 status = _launch(step, file, ngpus) if ngpus > 1 else _call(step, file)
             if status or not step.is_done():
-                print(f"{step.task} was stopped" if status == control.PREEMPTED else f"{step.task} failed, see {log}")
+                print(f"{step.task} was stopped" if status == signals.PREEMPTED else f"{step.task} failed, see {log}")
                 return status or 1
     return 0
 
 
-def _launch(step: sweep_run.Step, file, ngpus: int) -> int:
+def _launch(step: trial.Step, file, ngpus: int) -> int:
     launcher = [sys.executable]
     if step.task != "evaluate":
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpus}"]
@@ -63,7 +66,7 @@ def _launch(step: sweep_run.Step, file, ngpus: int) -> int:
     return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
 
 
-def _call(step: sweep_run.Step, file) -> int:
+def _call(step: trial.Step, file) -> int:
     """Run a step in this process, which has paid for the imports already."""
     with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
@@ -92,7 +95,7 @@ class Processes:
     def __call__(self, command: list[str], **variables: str) -> tuple[int, str]:
         """Exit status, and what was printed, with these environment variables besides this process's own."""
         if self.stopped:
-            return control.PREEMPTED, "not begun"
+            return signals.PREEMPTED, "not begun"
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | variables
         )
@@ -155,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     sys.exit(1 if failures else 0)
 
 
-def open_sweep(given: argparse.Namespace) -> tuple[dict[str, Any], list[sweep_run.SweepRun]]:
+def open_sweep(given: argparse.Namespace) -> tuple[dict[str, Any], list[trial.SweepRun]]:
     """The sweep file and its runs (with `--only`: that one), every command checked. ValueError: a user's mistake."""
     if (given.parallel is not None and given.parallel < 1) or given.ngpus < 1:
         raise ValueError(f"--parallel {given.parallel} --ngpus {given.ngpus}: must be at least 1")
@@ -172,7 +175,7 @@ def open_sweep(given: argparse.Namespace) -> tuple[dict[str, Any], list[sweep_ru
     return content, runs
 
 
-def only_run(name: str, runs: list[sweep_run.SweepRun]) -> sweep_run.SweepRun:
+def only_run(name: str, runs: list[trial.SweepRun]) -> trial.SweepRun:
     """The run of this name. ValueError: there is none."""
     found = [run for run in runs if run.folder.name == name]
     if not found:
@@ -193,7 +196,7 @@ def as_one_of(processes: int) -> Iterator[None]:
             os.environ["WORLD_SIZE"] = before
 
 
-def check_evaluations(runs: list[sweep_run.SweepRun]) -> None:
+def check_evaluations(runs: list[trial.SweepRun]) -> None:
     """ValueError if scripts/evaluate.py does not take the flags of an evaluation."""
     steps = [step for run in runs for step in run.steps if step.task == "evaluate"]
     if not steps:
@@ -208,21 +211,21 @@ def check_evaluations(runs: list[sweep_run.SweepRun]) -> None:
         parser.parse_args(list(step.argv))
 
 
-def only(given: argparse.Namespace, run: sweep_run.SweepRun) -> list[str]:
+def only(given: argparse.Namespace, run: trial.SweepRun) -> list[str]:
     """The command that does one run."""
     command = [sys.executable, str(ROOT / "scripts/sweep.py"), given.sweep, "--ngpus", str(given.ngpus)]
     command += ["--output", given.output] if given.output else []
     return [*command, "--only", run.folder.name]
 
 
-def run_locally(runs: list[sweep_run.SweepRun], given: argparse.Namespace) -> int:
+def run_locally(runs: list[trial.SweepRun], given: argparse.Namespace) -> int:
     """`--parallel` runs at a time, each in a process. Returns how many failed; exit status 75 if it was stopped."""
     failures, processes, parallel = 0, Processes(), given.parallel or 1
     free = queue.SimpleQueue()
     for share in shares(parallel, given.ngpus):
         free.put(share)
 
-    def do(run: sweep_run.SweepRun) -> tuple[int, str]:
+    def do(run: trial.SweepRun) -> tuple[int, str]:
         share = free.get()
         try:
             return processes(only(given, run), **share)
@@ -237,7 +240,7 @@ def run_locally(runs: list[sweep_run.SweepRun], given: argparse.Namespace) -> in
             print(f"[{number}/{len(jobs)}] {jobs[job].folder.name}: {said or 'done'}", flush=True)
     if processes.stopped:
         print("stopped; the same command continues")
-        sys.exit(control.PREEMPTED)
+        sys.exit(signals.PREEMPTED)
     return failures
 
 
@@ -246,14 +249,14 @@ def shares(parallel: int, ngpus: int) -> list[dict[str, str]]:
     here = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", here).split(",") if gpu]
     groups = [",".join(gpus[first : first + ngpus]) for first in range(0, len(gpus) - ngpus + 1, ngpus)]
-    threads = str(max(1, dist.usable_cores() // parallel))  # or each takes all cores, and waits for the others
+    threads = str(max(1, world.usable_cores() // parallel))  # or each takes all cores, and waits for the others
     common = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     if not groups:
         return [common] * parallel
     return [common | {"CUDA_VISIBLE_DEVICES": groups[place % len(groups)]} for place in range(parallel)]
 
 
-def submit(runs: list[sweep_run.SweepRun], given: argparse.Namespace) -> int:
+def submit(runs: list[trial.SweepRun], given: argparse.Namespace) -> int:
     """One job array; with `--parallel`, at most so many jobs at a time. Waits only for jobs on this machine."""
     try:
         import submitit
@@ -276,7 +279,7 @@ def submit(runs: list[sweep_run.SweepRun], given: argparse.Namespace) -> int:
     return sum(job.result() != 0 for job in jobs)
 
 
-def gather(runs: list[sweep_run.SweepRun], output: Path, keys: list[str]) -> None:
+def gather(runs: list[trial.SweepRun], output: Path, keys: list[str]) -> None:
     """Write results.csv and results.md, and print the latter."""
     rows = [row for run in runs for row in run.rows()]
     if not rows:
@@ -295,7 +298,7 @@ def gather(runs: list[sweep_run.SweepRun], output: Path, keys: list[str]) -> Non
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", help="YAML file, see util/sweep.py and configs/sweeps/")
+    parser.add_argument("sweep", help="YAML file, see studies/sweep.py and configs/sweeps/")
     parser.add_argument("--output", help="folder for all runs; default: the file's")
     parser.add_argument("--parallel", type=int, help="runs at a time; default: 1, on SLURM all")
     parser.add_argument("--ngpus", type=int, default=1, help="GPUs, and processes, of a run")

@@ -31,7 +31,7 @@ import torch  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402
 
 import main_pretrain  # noqa: E402
-from util import checkpoint  # noqa: E402
+from util.training import checkpoint  # noqa: E402
 
 CASES = [  # (strategy, workers, processes)
     ("random", 0, 1),

@@ -12,15 +12,17 @@ import argparse
 import sys
 from pathlib import Path
 
+from evaluation import measure
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 
-import inspection
 import masking
-import views
-from util import cli, datasets, sources, transforms, visualize
+from evaluation import checkpoints, drawing, figures
+from util import cli
+from util.data import datasets, sources, transforms
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,14 +35,14 @@ def main(argv: list[str] | None = None) -> None:
         opened, places = open_model(given)
         images = open_images(given, opened, places)
         strategies, rebuilt = choose_strategies(given, opened)
-        named = inspection.Named(images, transforms.evaluation_transform(opened.size, given.crop_pct))
+        named = measure.Named(images, transforms.evaluation_transform(opened.size, given.crop_pct))
         pixels = torch.stack([picture(named, index) for index in range(min(given.rows, len(images)))])
-    columns = views.columns(
+    columns = figures.columns(
         opened.model,
         pixels,
         opened.normalize,
         strategies,
-        temperature=views.temperature_of(opened.strategy),
+        temperature=figures.temperature_of(opened.strategy),
         rebuilt=rebuilt if opened.has_decoder else None,
         seed=given.seed,
     )
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"note: {opened.assumed}")
     with cli.exit_on_user_error():
         try:
-            visualize.save(visualize.draw(columns), given.output)
+            drawing.save(drawing.draw(columns), given.output)
         except OSError as error:
             raise ValueError(f"--output {given.output}: cannot be written ({error.strerror})") from error
     print(f"picture: {given.output}")
@@ -78,7 +80,7 @@ def check_numbers(given: argparse.Namespace) -> None:
         raise ValueError(f"--crop_pct {given.crop_pct}: must be above 0 and at most 1")
 
 
-def open_model(given: argparse.Namespace) -> tuple[inspection.Opened, list[str]]:
+def open_model(given: argparse.Namespace) -> tuple[checkpoints.Opened, list[str]]:
     """The checkpoint or the untrained `--model`, and the pictures' places among the arguments."""
     names = ("model", "input_size", "patch_size", "in_chans", "norm_pix_loss")
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
@@ -86,19 +88,19 @@ def open_model(given: argparse.Namespace) -> tuple[inspection.Opened, list[str]]
         changes |= {"mask_ratio": given.mask_ratio}
     first, *rest = given.inputs or [""]
     if first.endswith((".pth", ".pt")):
-        return inspection.open_checkpoint(first, given.device, **changes), rest
+        return checkpoints.open_checkpoint(first, given.device, **changes), rest
     if "model" not in changes:
         problem = f"{first}: no checkpoint (.pth)" if first else "no checkpoint (.pth) is named"
         raise ValueError(f"{problem}; name one first, or an untrained --model")
-    return inspection.untrained(changes.pop("model"), given.device, **changes), given.inputs
+    return checkpoints.untrained(changes.pop("model"), given.device, **changes), given.inputs
 
 
-def open_images(given: argparse.Namespace, opened: inspection.Opened, places: list[str]) -> datasets.ImageSet:
+def open_images(given: argparse.Namespace, opened: checkpoints.Opened, places: list[str]) -> datasets.ImageSet:
     """The named pictures and folders; without any, the validation images of the digits (`--dataset digits`)."""
     channels = opened.settings.in_chans
     if given.dataset:
         return datasets.open_labelled(given.dataset, None, "val", channels)
-    inspection.check_pictures(opened.settings)
+    checkpoints.check_pictures(opened.settings)
     if not places:
         raise ValueError("name at least one picture or folder of pictures, or --dataset digits")
     items = []
@@ -113,7 +115,7 @@ def open_images(given: argparse.Namespace, opened: inspection.Opened, places: li
     return datasets.ImageSet(sources.Files(items), np.zeros(len(items), dtype=np.int64), (), channels)
 
 
-def picture(images: inspection.Named, index: int) -> torch.Tensor:
+def picture(images: measure.Named, index: int) -> torch.Tensor:
     """Picture `index`, decoded, (C, H, W). ValueError names a file that is none."""
     try:
         return images[0, index][0]
@@ -121,12 +123,12 @@ def picture(images: inspection.Named, index: int) -> torch.Tensor:
         raise ValueError(str(error)) from error
 
 
-def choose_strategies(given: argparse.Namespace, opened: inspection.Opened) -> tuple[dict, str]:
+def choose_strategies(given: argparse.Namespace, opened: checkpoints.Opened) -> tuple[dict, str]:
     """Strategies by name, and the one that is reconstructed: the checkpoint's, unless `--rebuild` names another."""
-    strategies = views.standard_strategies(opened.settings, opened.strategy, opened.model.num_patches)
+    strategies = figures.standard_strategies(opened.settings, opened.strategy, opened.model.num_patches)
     for name in strategies:
         masking.check(strategies[name], opened.model.num_patches, opened.model.cls_token.shape[-1])
-    rebuilt = given.rebuild or views.own_name(opened.settings)
+    rebuilt = given.rebuild or figures.own_name(opened.settings)
     if rebuilt not in strategies:
         raise ValueError(f"--rebuild {rebuilt}: choose one of {', '.join(strategies)}")
     return strategies, rebuilt

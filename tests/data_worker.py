@@ -10,8 +10,8 @@ from pathlib import Path
 from torchvision.datasets import CIFAR10
 
 import main_pretrain
-from util import dist
-from util.datasets import SeededImages
+from util.data.datasets import SeededImages
+from util.distributed import world
 
 # The test's own batches have other checksums than the published ones.
 CIFAR10.train_list = [[name, None] for name, _ in CIFAR10.train_list]
@@ -28,21 +28,21 @@ def main(sources: str, output: Path) -> None:
         return load(self, key)
 
     SeededImages.__getitem__ = note
-    finish, dist.finish = dist.finish, lambda: None  # one process group for all sources
-    start = dist.init
+    finish, world.finish = world.finish, lambda: None  # one process group for all sources
+    start = world.init
     device = start("cpu")
-    dist.init = lambda *_: device
+    world.init = lambda *_: device
     flags_by_name = json.loads(Path(sources).read_text())
     for name, flags in flags_by_name.items():
         seen.clear()
         main_pretrain.main([*flags, "--output_dir", str(output / "runs" / name)])
-        (output / f"{name}-{dist.rank()}.json").write_text(json.dumps(seen))
+        (output / f"{name}-{world.rank()}.json").write_text(json.dumps(seen))
     try:
         main_pretrain.main(
             [*flags_by_name["few_bad"], "--max_bad_images", "0.05", "--output_dir", str(output / "runs" / "bad")]
         )
     except SystemExit as error:
-        (output / f"stopped-{dist.rank()}.json").write_text(json.dumps(error.code))
+        (output / f"stopped-{world.rank()}.json").write_text(json.dumps(error.code))
     finish()
 
 

@@ -21,7 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import models_mae
-from util import dist, features
+from evaluation import features
+from util.distributed import world
 
 
 @contextmanager
@@ -35,7 +36,11 @@ def injected(faults: list[dict]) -> Iterator[None]:
         nonlocal count
         number, count, factor = count, count + 1, 1.0
         for fault in faults:
-            if number in _as_list(fault["forward"]) and fault.get("rank", dist.rank()) == dist.rank() and _first(fault):
+            if (
+                number in _as_list(fault["forward"])
+                and fault.get("rank", world.rank()) == world.rank()
+                and _first(fault)
+            ):
                 if fault["kind"] == "nan":
                     factor = float("nan")
                 elif fault["kind"] == "crash":

@@ -11,7 +11,8 @@ import torch
 from helpers import ROOT, environment, log_lines
 
 import main_pretrain
-from util import checkpoint, control
+from util.distributed import signals
+from util.training import checkpoint
 
 MODEL = ["--model", "mae_vit_mini_patch4", "--norm_pix_loss", "--warmup_epochs", 0, "--lr", 1e-3, "--print_freq", 1]
 
@@ -32,7 +33,7 @@ def stopped(pictures, output, *more) -> None:
         pretrain(pictures, output, *more)
     code = stop.value.code
     del stop  # its frames hold the loader, whose workers end 30 seconds later where only a collection frees it
-    assert code == control.PREEMPTED
+    assert code == signals.PREEMPTED
 
 
 def torchrun(pictures, output, faults, *more, processes=2, launcher=()) -> subprocess.CompletedProcess:

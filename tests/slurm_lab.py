@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-from util import slurm
+from util.distributed import slurm
 
 SCRIPT = ROOT / "tests" / "slurm" / "start_slurm.sh"
 DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch")

@@ -10,30 +10,32 @@ from helpers import tiny_mae, varied_images
 
 import engine_pretrain
 import masking
-from util import dist
-from util.batches import MicroBatch
-from util.log import Averages
-from util.step import GradientStep
+from util.data.step_loader import MicroBatch
+from util.distributed import world
+from util.training.averages import Averages
+from util.training.step import GradientStep
 
 
 def main(accum_iters: str, output: str) -> None:
-    device = dist.init("cpu")
+    device = world.init("cpu")
     results = {
         (strategy, int(accum_iter)): one_step(strategy, int(accum_iter), device)
         for strategy in masking.available()
         for accum_iter in accum_iters.split(",")
     }
-    if dist.is_main():
+    if world.is_main():
         torch.save(results, output)
-    dist.finish()
+    world.finish()
 
 
 def one_step(strategy: str, accum_iter: int, device: torch.device) -> dict:
     torch.manual_seed(0)
     bare = tiny_mae(norm_pix_loss=True, masking=masking.create(strategy))
-    model = dist.wrap(bare, device, accumulates=accum_iter > 1)
+    model = world.wrap(bare, device, accumulates=accum_iter > 1)
     images, noise = varied_images(13)[1:], torch.rand(12, 64)
-    share = list(zip(images[dist.rank() :: dist.world_size()], noise[dist.rank() :: dist.world_size()], strict=True))
+    share = list(
+        zip(images[world.rank() :: world.world_size()], noise[world.rank() :: world.world_size()], strict=True)
+    )
     size = -(-len(share) // accum_iter)
     parts = [share[i : i + size] for i in range(0, len(share), size)]
     batches = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from util import seeding
-from util.batches import StepLoader, StepPlan, evaluation_loader
+from util.data.step_loader import StepLoader, StepPlan, evaluation_loader
 
 
 def steps(num_samples, batch_size, accum_iter, world_size, multiple=1, epoch=0):

@@ -15,7 +15,7 @@ import masking
 from benchmarks import report, saving, timing
 from benchmarks.contenders import PaddedMAE, SpreadCounts
 from benchmarks.measure import peak_memory, training_flops
-from util import checkpoint
+from util.training import checkpoint
 
 
 def test_flops_are_those_that_torch_counts():

@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers import tiny_mae
 
-from util import checkpoint, record
-from util.saver import Saver
+from util.training import checkpoint, record
+from util.training.saver import Saver
 
 
 def test_a_published_checkpoint_with_a_pickled_namespace_loads(tmp_path):

@@ -17,7 +17,8 @@ import main_linprobe
 import main_pretrain
 import masking
 import models_mae
-import supervised
+import models_vit
+from methods import base
 from util import cli, config
 from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings
 
@@ -44,7 +45,7 @@ def test_flags_as_mae_users_write_them():
 
 
 def test_the_written_config_can_be_used_again(tmp_path):
-    from util import provenance
+    from util.training import provenance
 
     settings = cli.parse(PretrainSettings, ["--masking", "sbam", "--masking_args", "delta=0.2", "--input_size", "64"])
     file = tmp_path / "config.yaml"
@@ -243,11 +244,11 @@ def test_every_recipe_parses_and_builds(path, monkeypatch):
         assert "torchrun" in path.read_text() or "_8gpu.sh" in path.read_text()
     if task == "pretrain":
         with torch.device("meta"):
-            model = main_pretrain.build_model(settings)
-        masking.check(main_pretrain.create_strategy(settings), model.num_patches)
+            model = base.build_model(settings)
+        masking.check(base.create_strategy(settings), model.num_patches)
     else:
         with torch.device("meta"):
-            supervised.build_model(settings, 1000)
+            models_vit.build_model(settings, 1000)
 
 
 def test_every_setting_says_what_it_is():

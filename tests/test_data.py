@@ -17,10 +17,10 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 import main_pretrain
-from util import datasets, decode, prepare, tar_shards, transforms
 from util.config import FinetuneSettings
-from util.crop import SingleDrawResizedCrop
-from util.datasets import SeededImages
+from util.data import datasets, decode, resize, tar_shards, transforms
+from util.data.crop import SingleDrawResizedCrop
+from util.data.datasets import SeededImages
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_colours_stay_where_the_fourth_channel_is_zero():
         "evaluation": transforms.evaluation_transform(size, None)(picture),
     }
     as_file, as_array = (
-        prepare.resized(buffer.getvalue(), short_side=24, channels=4, pixels=pixels) for pixels in (False, True)
+        resize.resized(buffer.getvalue(), short_side=24, channels=4, pixels=pixels) for pixels in (False, True)
     )
     found["prepared file"] = decode.to_pixels(as_file, 4).permute(2, 0, 1)
     found["prepared array"] = torch.tensor(as_array).permute(2, 0, 1)

@@ -13,9 +13,9 @@ import tifffile
 import torch
 from PIL import Image
 
-from util import datasets, decode, transforms
-from util.bad_pictures import BadPictures, TooManyBadPictures
-from util.datasets import SeededImages
+from util.data import datasets, decode, transforms
+from util.data.bad_images import BadImages, TooManyBadImages
+from util.data.datasets import SeededImages
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 10, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)  # 48 x 80
@@ -180,11 +180,11 @@ def test_bad_pictures_are_replaced_named_and_counted(mixed, exact, workers, caps
 
 
 def test_too_many_stop_the_run_with_a_sentence(capsys):
-    bad = BadPictures(1000, 0.001, lambda index: f"picture-{index}.jpg")
+    bad = BadImages(1000, 0.001, lambda index: f"picture-{index}.jpg")
     bad.mark(5)
     assert bad.collect(torch.device("cpu")) == 1
     bad.mark(7)
-    with pytest.raises(TooManyBadPictures) as error:
+    with pytest.raises(TooManyBadImages) as error:
         bad.collect(torch.device("cpu"))
     assert error.value.code == 2
     said = capsys.readouterr().err
@@ -215,18 +215,18 @@ def test_once_too_many_are_bad_blank_pictures_fill_the_batch_and_the_run_ends(tm
     ((pixels, _), _) = torch.utils.data.default_collate([data[0, index] for index in (3, 2, 0, 1)])
     assert [crop.max().item() for crop in pixels] == [pixels[0].max().item(), 0, pixels[0].max().item(), 0]
     assert pixels[0].max() > 0  # the first bad one was replaced
-    with pytest.raises(TooManyBadPictures):
+    with pytest.raises(TooManyBadImages):
         data.bad.collect(torch.device("cpu"))
     assert "3 of 4 pictures cannot be decoded, more than --max_bad_images 0.3 allows" in capsys.readouterr().err
 
 
 def test_all_bad_is_too_many_whatever_is_allowed(capsys):
-    bad = BadPictures(2, 1.0, str)
+    bad = BadImages(2, 1.0, str)
     bad.mark(0)
     assert (bad.collect(torch.device("cpu")), bad.too_many()) == (1, False)
     bad.mark(1)
     assert bad.too_many()
-    with pytest.raises(TooManyBadPictures):
+    with pytest.raises(TooManyBadImages):
         bad.collect(torch.device("cpu"))
     assert "error: 2 of 2 pictures cannot be decoded, which is all of them; mend" in capsys.readouterr().err
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from helpers import ROOT, environment, log_lines, write_pictures
 
-from util import checkpoint, datasets, tar_shards
+from util.data import datasets, tar_shards
+from util.training import checkpoint
 
 TINY = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--batch_size", 3, "--epochs", 1, "--warmup_epochs", 0]
 TINY += ["--num_workers", 0, "--device", "cpu", "--print_freq", 1]

@@ -22,13 +22,15 @@ from transformers import (
     ViTModel,
 )
 
-import exporting
-import inspection
 import main_linprobe
 import main_pretrain
 import models_vit
-from util import checkpoint, transforms
+from evaluation import checkpoints
+from exporting import formats
+from methods import base
 from util.config import PretrainSettings
+from util.data import transforms
+from util.training import checkpoint
 
 MINI = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
 
@@ -37,7 +39,7 @@ MINI = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads
 def saved(request, tmp_path):
     """A pre-training checkpoint with random weights everywhere: (path, model)."""
     settings = PretrainSettings(model="mae_vit_mini_patch4", norm_pix_loss=request.param, in_chans=3, mask_ratio=0.625)
-    return save(tmp_path / "ours.pth", main_pretrain.build_model(settings), settings.as_dict(), [4, 4])
+    return save(tmp_path / "ours.pth", base.build_model(settings), settings.as_dict(), [4, 4])
 
 
 def save(path, model, args, grid, **more):
@@ -59,12 +61,12 @@ def classifier(tmp_path, probe=False, **options):
 
 
 def convert(path, target, output):
-    exporting.write(exporting.read(path), target, output)
+    formats.write(formats.read(path), target, output)
     return output
 
 
 def back(path, source, output):
-    exporting.write(exporting.read(path, source), None, output)
+    formats.write(formats.read(path, source), None, output)
     return checkpoint.load(output)
 
 
@@ -80,7 +82,7 @@ def test_an_autoencoder_in_hugging_face_and_back(saved, tmp_path):
     assert not any(report.values()), report
     assert (other.config.norm_pix_loss, other.config.mask_ratio) == (model.norm_pix_loss, 0.625)
     images, noise = torch.randn(3, 3, 16, 16), torch.rand(3, 16)
-    model.set_masking(main_pretrain.create_strategy(PretrainSettings(mask_ratio=0.625)))
+    model.set_masking(base.create_strategy(PretrainSettings(mask_ratio=0.625)))
     with torch.no_grad():
         loss, pred, mask = model(images, noise)
         found = other.eval()(images, noise=noise)
@@ -113,7 +115,7 @@ def test_an_encoder_in_timm_and_back(saved, tmp_path, suffix):
     state = model.state_dict()
     encoder = {name: state[name] for name in state if not name.startswith(("decoder", "mask_token"))}
     assert_same(back(file, "timm", tmp_path / "back.pth")["model"], encoder)
-    opened = inspection.open_checkpoint(tmp_path / "back.pth")
+    opened = checkpoints.open_checkpoint(tmp_path / "back.pth")
     assert not opened.has_decoder
 
 
@@ -170,7 +172,7 @@ def test_hugging_faces_own_weights_come_here(tmp_path):
     other = ViTMAEForPreTraining(ViTMAEConfig(**sizes, **decoder, decoder_num_attention_heads=2, norm_pix_loss=True))
     other.eval().save_pretrained(tmp_path / "hf")
     back(tmp_path / "hf", "hf", tmp_path / "ours.pth")
-    opened = inspection.open_checkpoint(tmp_path / "ours.pth")
+    opened = checkpoints.open_checkpoint(tmp_path / "ours.pth")
     images, noise = torch.randn(2, 3, 16, 16), torch.rand(2, 16)
     with torch.no_grad():
         loss, pred, _ = opened.model(images, noise)
@@ -180,10 +182,10 @@ def test_hugging_faces_own_weights_come_here(tmp_path):
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
     with pytest.raises(ValueError, match="4 heads, but mae_vit_mini_patch4 has 3"):
-        exporting.read(tmp_path / "hf", "hf")
+        formats.read(tmp_path / "hf", "hf")
     ViTForImageClassification(ViTConfig(**sizes, qkv_bias=False)).save_pretrained(tmp_path / "nobias")
     with pytest.raises(ValueError, match=r"attn.qkv.bias is missing"):
-        exporting.read(tmp_path / "nobias", "hf")
+        formats.read(tmp_path / "nobias", "hf")
 
 
 def test_what_the_other_library_has_not_is_said(tmp_path):
@@ -192,7 +194,7 @@ def test_what_the_other_library_has_not_is_said(tmp_path):
         convert(path, "hf", tmp_path / "hf")
     assert not (tmp_path / "hf").exists()
     settings = PretrainSettings(model="mae_vit_mini_patch4", input_size=[16, 24])
-    path, _ = save(tmp_path / "wide.pth", main_pretrain.build_model(settings), settings.as_dict(), [4, 6])
+    path, _ = save(tmp_path / "wide.pth", base.build_model(settings), settings.as_dict(), [4, 6])
     with pytest.raises(ValueError, match="16 x 24"):
         convert(path, "hf", tmp_path / "hf")
     with pytest.raises(ValueError, match=r"must end in \.safetensors"):
@@ -200,7 +202,7 @@ def test_what_the_other_library_has_not_is_said(tmp_path):
     other = timm.create_model("vit_base_patch16_224", num_classes=0, class_token=False, global_pool="avg", **MINI)
     safetensors.torch.save_file(other.state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"not the architecture mae_vit_mini_patch4|square"):
-        exporting.read(tmp_path / "other.safetensors", "timm")
+        formats.read(tmp_path / "other.safetensors", "timm")
 
 
 @pytest.fixture
@@ -229,12 +231,12 @@ def test_the_command(saved, tmp_path, command):
 @pytest.mark.parametrize("file", ["mae.pth", "timm.pth", "timm.safetensors", "safetensors.safetensors"])
 def test_images_that_are_not_square_keep_their_shape(tmp_path, file):
     settings = PretrainSettings(model="mae_vit_mini_patch4", input_size=[8, 32])  # 2 x 8 patches; 4 x 4 would fit, too
-    path, model = save(tmp_path / "wide.pth", main_pretrain.build_model(settings), settings.as_dict(), [2, 8])
+    path, model = save(tmp_path / "wide.pth", base.build_model(settings), settings.as_dict(), [2, 8])
     source = file.partition(".")[0]
     convert(path, source, tmp_path / file)
     content = back(tmp_path / file, source, tmp_path / "back.pth")
     assert tuple(content["grid"]) == (2, 8)
-    opened = inspection.open_checkpoint(tmp_path / "back.pth")
+    opened = checkpoints.open_checkpoint(tmp_path / "back.pth")
     images = torch.randn(2, 3, 8, 32)
     with torch.no_grad():
         ours = model.encode(model.embed(images), None)
@@ -257,7 +259,7 @@ def test_a_shape_that_a_file_does_not_tell_can_be_given(tmp_path, command, capsy
     )
     command([*arguments, "--overwrite", "--input_size", "8", "32"])
     assert "note" not in capsys.readouterr().out
-    opened = inspection.open_checkpoint(tmp_path / "ours.pth")
+    opened = checkpoints.open_checkpoint(tmp_path / "ours.pth")
     images = torch.randn(2, 3, 8, 32)
     with torch.no_grad():
         expected = model.eval().forward_features(images)
@@ -283,7 +285,7 @@ def test_a_probe_comes_back_whole(tmp_path, target):
 def test_only_what_describes_the_model_goes_along(tmp_path):
     private = {"data_path": "/data/mine", "output_dir": "/home/me/run", "finetune": "/home/me/start.pth"}
     settings = PretrainSettings(model="mae_vit_mini_patch4", mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7], **private)
-    path, _ = save(tmp_path / "ours.pth", main_pretrain.build_model(settings), settings.as_dict(), [4, 4])
+    path, _ = save(tmp_path / "ours.pth", base.build_model(settings), settings.as_dict(), [4, 4])
     for target, name in (
         ("timm", "a.safetensors"),
         ("safetensors", "b.safetensors"),
@@ -298,11 +300,11 @@ def test_only_what_describes_the_model_goes_along(tmp_path):
 
 def test_hugging_faces_processor_prepares_pictures_as_here(tmp_path):
     settings = PretrainSettings(model="mae_vit_mini_patch4", mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
-    path, _ = save(tmp_path / "ours.pth", main_pretrain.build_model(settings), settings.as_dict(), [4, 4])
+    path, _ = save(tmp_path / "ours.pth", base.build_model(settings), settings.as_dict(), [4, 4])
     processor = ViTImageProcessor.from_pretrained(convert(path, "hf", tmp_path / "hf"))
     noise = torch.randint(0, 256, (40, 40, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     picture = Image.fromarray(noise.numpy())
-    opened = inspection.open_checkpoint(path)
+    opened = checkpoints.open_checkpoint(path)
     ours = opened.normalize(transforms.evaluation_transform((16, 16), 1.0)(picture)[None])
     theirs = processor(picture, return_tensors="pt")["pixel_values"]
     assert (theirs - ours).abs().max() < 0.03  # 8 bits of rounding are 1 / 255 / 0.5 = 0.008
@@ -329,7 +331,7 @@ def test_another_epsilon_or_activation_is_not_passed_over(tmp_path, command, cap
         config = ViTMAEConfig(**HF_SIZES, **HF_DECODER, layer_norm_eps=1e-6, hidden_act=activation)
         ViTMAEForPreTraining(config).save_pretrained(tmp_path / "hf")
         with pytest.raises(ValueError, match=f"hidden_act is '{activation}'; models here have the exact gelu only"):
-            exporting.read(tmp_path / "hf", "hf")
+            formats.read(tmp_path / "hf", "hf")
 
 
 @pytest.mark.parametrize("kind", ["mae", "vit"])
@@ -343,10 +345,10 @@ def test_hugging_faces_encoders_alone_come_here(tmp_path, kind):
         parameter.data += 0.05 * torch.randn_like(parameter)
     other.save_pretrained(tmp_path / "hf")
     back(tmp_path / "hf", "hf", tmp_path / "ours.pth")
-    found = exporting.read(tmp_path / "hf", "hf")
+    found = formats.read(tmp_path / "hf", "hf")
     assert found.kind == "encoder"
     assert any("pooler is left out" in note for note in found.notes) == (kind == "vit")
-    opened, images = inspection.open_checkpoint(tmp_path / "ours.pth"), torch.randn(2, 3, 16, 16)
+    opened, images = checkpoints.open_checkpoint(tmp_path / "ours.pth"), torch.randn(2, 3, 16, 16)
     noise = {"noise": torch.arange(16).expand(2, 16) / 16} if kind == "mae" else {}
     with torch.no_grad():
         expected = other(images, **noise).last_hidden_state

@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from util import features, probes
+from evaluation import features, probes
 
 
 def blobs(n: int, seed: int, classes: int = 4, width: int = 12, spread: float = 1.6):

@@ -13,7 +13,7 @@ from helpers import log_lines, run_main, write_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
-from util import checkpoint, record
+from util.training import checkpoint, record
 
 MODEL = ["--model", "mae_vit_mini_patch4", "--norm_pix_loss", "--warmup_epochs", 0, "--lr", 1e-3, "--print_freq", 1]
 

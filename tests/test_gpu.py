@@ -10,10 +10,10 @@ from test_packing import LENGTHS, each_alone
 import masking
 import models_mae
 from util import optim, precision
-from util.batches import MicroBatch
-from util.log import Averages
+from util.data.step_loader import MicroBatch
 from util.packing import PackedLayout, packed_attention
-from util.step import GradientStep
+from util.training.averages import Averages
+from util.training.step import GradientStep
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")

@@ -7,44 +7,67 @@ import sys
 
 from helpers import ROOT
 
+# Each may import what stands above it, and itself.
 LAYERS = [
     {"util"},
+    {"util.distributed"},
+    {"util.config"},
+    {"util.cli"},
+    {"util.data"},
+    {"util.training"},
     {"masking"},
     {"models_mae", "models_vit"},
+    {"methods"},
     {"engine_pretrain", "engine_finetune"},
-    {"supervised", "views"},
-    {"monitor"},
-    {"main_pretrain", "main_finetune", "main_linprobe", "submitit_launch"},
-    {"inspection"},
-    {"exporting"},
+    {"evaluation"},
+    {"exporting", "studies", "main_pretrain", "main_finetune", "main_linprobe", "submitit_launch"},
+    {"benchmarks"},
+    {"scripts"},
 ]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FOLDERS = ("util", "masking", "methods", "evaluation", "exporting", "studies", "scripts", "benchmarks")
+
+
+def layer(module: str) -> str | None:
+    """The longest known prefix of a dotted module's name."""
+    parts = module.split(".")
+    return next((name for end in (2, 1) if (name := ".".join(parts[:end])) in LEVEL), None)
 
 
 def imported(path) -> set[str]:
+    """Dotted names that a file imports; `from util import cli` gives util.cli."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
 def sources() -> dict:
-    found = {path: path.stem for path in ROOT.glob("*.py")}
-    return found | {path: package for package in ("util", "masking") for path in (ROOT / package).glob("*.py")}
+    """Every Python file that is no test, and its dotted name."""
+    files = [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))]
+    return {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in files}
 
 
 def test_imports_point_down():
-    level = {name: i for i, names in enumerate(LAYERS) for name in names}
-    assert len(sources()) > 25
+    assert len(sources()) > 70
     for path, module in sources().items():
-        assert module in level, f"{path.name} has no layer"
-        for name in imported(path) & set(level):
-            below = level[name] < level[module]
-            assert below or name == module in ("util", "masking"), f"{path.name} imports {name}"
+        own = layer(module)
+        assert own is not None, f"{module} has no layer"
+        for name in imported(path):
+            other = layer(name)
+            if other is not None and other != own:
+                assert LEVEL[other] < LEVEL[own], f"{module} imports {name}"
+
+
+def test_every_folder_of_python_files_is_looked_at():
+    folders = {path.parent.relative_to(ROOT).parts[0] for path in ROOT.glob("[a-z]*/**/*.py")}
+    assert folders - {"tests"} == set(FOLDERS)
 
 
 def test_no_file_shadows_the_standard_library():
-    for path in sources():
-        assert path.stem == "__init__" or path.stem not in sys.stdlib_module_names, path
+    for path, module in sources().items():
+        top_level = "." not in module or module.startswith("scripts.")  # other files are found through their folder
+        assert not top_level or path.stem == "__init__" or path.stem not in sys.stdlib_module_names, path

@@ -11,7 +11,7 @@ import pytest
 from helpers import write_pictures
 from torchvision.datasets import Places365
 
-from util import datasets
+from util.data import datasets
 
 
 @pytest.fixture(scope="module")

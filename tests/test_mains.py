@@ -16,7 +16,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import masking
-from util import checkpoint
+from util.training import checkpoint
 
 
 @pytest.fixture(scope="module")

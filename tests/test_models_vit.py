@@ -8,6 +8,7 @@ from helpers import tiny_mae
 
 import models_mae
 import models_vit
+from util.training import checkpoint
 
 
 def mini(**options):
@@ -18,7 +19,7 @@ def mini(**options):
 def test_an_encoder_loads_and_only_the_head_is_new(global_pool):
     encoder = models_mae.mae_vit_mini_patch4().state_dict()
     model = mini(global_pool=global_pool)
-    state = models_vit.fit_state(model, encoder)
+    state = checkpoint.fit_state(model, encoder)
     missing = model.load_state_dict(state, strict=False).missing_keys
     expected = {"head.weight", "head.bias"} | ({"fc_norm.weight", "fc_norm.bias"} if global_pool else set())
     assert set(missing) == expected
@@ -30,33 +31,33 @@ def test_every_encoder_has_its_classifier(encoder):
     with torch.device("meta"):
         state = models_mae.create_model(f"mae_{encoder}").state_dict()
         model = models_vit.create_model(encoder, num_classes=7)
-        assert models_vit.fit_state(model, state)
+        assert checkpoint.fit_state(model, state)
 
 
 def test_another_input_size_resizes_the_position_table():
     model = mini(img_size=(24, 20))
     encoder = models_mae.mae_vit_mini_patch4().state_dict()
-    assert models_vit.fit_state(model, encoder)["pos_embed"].shape == (1, 1 + 6 * 5, 96)
+    assert checkpoint.fit_state(model, encoder)["pos_embed"].shape == (1, 1 + 6 * 5, 96)
     tall = models_mae.mae_vit_mini_patch4(img_size=(20, 24)).state_dict()  # 5 x 6 patches: as many, placed differently
-    resized = models_vit.fit_state(model, tall, old_grid=(5, 6))["pos_embed"]
+    resized = checkpoint.fit_state(model, tall, old_grid=(5, 6))["pos_embed"]
     assert resized.shape == tall["pos_embed"].shape
     assert not torch.equal(resized, tall["pos_embed"])
     with pytest.raises(ValueError, match="not a square grid"):
-        models_vit.fit_state(model, tall)
+        checkpoint.fit_state(model, tall)
 
 
 def test_a_head_for_other_classes_is_left_out_and_one_for_the_same_is_loaded():
     trained = mini(num_classes=10).state_dict()
-    assert "head.weight" in models_vit.fit_state(mini(num_classes=10), trained)
-    assert "head.weight" not in models_vit.fit_state(mini(num_classes=3), trained)
+    assert "head.weight" in checkpoint.fit_state(mini(num_classes=10), trained)
+    assert "head.weight" not in checkpoint.fit_state(mini(num_classes=3), trained)
 
 
 def test_another_architecture_is_named():
     with pytest.raises(ValueError, match=r"patch_embed.proj.weight is \(48, 3, 4, 4\) in it"):
-        models_vit.fit_state(mini(), tiny_mae().state_dict())
+        checkpoint.fit_state(mini(), tiny_mae().state_dict())
     deeper = models_mae.mae_vit_mini_patch4(depth=3).state_dict()
     with pytest.raises(ValueError, match=r"blocks.3.norm1.weight is missing in it"):
-        models_vit.fit_state(mini(), deeper)
+        checkpoint.fit_state(mini(), deeper)
 
 
 def test_global_pooling_is_the_mean_of_the_patches():

@@ -15,13 +15,15 @@ from faults import injected
 from helpers import ROOT, environment, log_lines, run_main, tiny_mae, write_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import inspection
 import main_pretrain
 import masking
-import monitor
-from util import checkpoint, control, transforms
+from evaluation import checkpoints, measure, monitor
+from methods import base
 from util.config import PretrainSettings
-from util.log import RunLog
+from util.data import transforms
+from util.distributed import signals
+from util.training import checkpoint
+from util.training.log import RunLog
 
 DIGITS = ["--config", "configs/pretrain/digits.yaml", "--model", "mae_vit_mini_patch4", "--num_workers", 0]
 
@@ -59,9 +61,9 @@ def test_monitors_on_two_processes(tmp_path):
     result = run_main("main_pretrain.py", *flags, processes=2)
     assert result.returncode == 0, result.stderr
     lines = log_lines(tmp_path)
-    opened = inspection.open_checkpoint(tmp_path / checkpoint.LAST)
+    opened = checkpoints.open_checkpoint(tmp_path / checkpoint.LAST)
     metrics = ("knn", "rank_me", "salience")
-    expected = inspection.measure(opened, metrics, train_images=monitor.TRAIN_IMAGES, val_images=monitor.VAL_IMAGES)
+    expected = measure.measure(opened, metrics, train_images=monitor.TRAIN_IMAGES, val_images=monitor.VAL_IMAGES)
     assert {"knn", "rank_me", "salient_share", "salience_entropy", "mask_ratio"} <= expected.keys()
     for name in expected.keys() - {"train_images", "val_images"}:
         assert lines[1][f"monitor_{name}"] == pytest.approx(expected[name], rel=1e-4), name
@@ -85,7 +87,7 @@ def test_a_signal_ends_a_look_and_the_run_continues_with_it(tmp_path, look):
     start = time.perf_counter()
     with injected([{"kind": "SIGTERM", "look": look}]), pytest.raises(SystemExit) as stop:
         pretrain(tmp_path / "parts", "--eval_every", 1)
-    assert stop.value.code == control.PREEMPTED
+    assert stop.value.code == signals.PREEMPTED
     assert time.perf_counter() - start < 30
     saved = checkpoint.load(tmp_path / "parts" / checkpoint.LAST)
     assert saved["step"] == (look // 2 + 1) * saved["steps_per_epoch"]
@@ -115,14 +117,14 @@ def watcher(settings, said=None):
     """A monitor that says its lines to `said`."""
     log = RunLog(None)
     log.say = (said if said is not None else []).append
-    normalize = transforms.Normalize(*main_pretrain.channel_statistics(settings))
-    return monitor.Monitor(settings, main_pretrain.create_strategy(settings), normalize, (16, 16), log)
+    normalize = transforms.Normalize(*base.channel_statistics(settings))
+    return monitor.Monitor(settings, base.create_strategy(settings), normalize, (16, 16), log)
 
 
 def test_the_picture_shows_the_salience_of_the_run_s_temperature():
     args = {"masking": "sbam", "masking_args": ["temperature=9"], "dataset": "digits", "in_chans": 1}
     settings = PretrainSettings(model="mae_vit_mini_patch4", vis_every=1, **args)
-    model, looking = main_pretrain.build_model(settings), watcher(settings)
+    model, looking = base.build_model(settings), watcher(settings)
     figure = looking.look(model, 0).picture
     maps = [image.get_array() for axis in figure.axes for image in axis.images if image.get_array().shape == (4, 4)]
     images = looking._sets.val
@@ -135,7 +137,7 @@ def test_bad_pictures_and_missing_labels_are_said_once(tmp_path, capsys):
     folder, said = write_pictures(tmp_path), []
     (folder / "val" / "class0" / "1.jpg").write_text("no picture")
     settings = PretrainSettings(model="mae_vit_mini_patch4", data_path=str(folder), eval_every=1, num_workers=0)
-    looking, model = watcher(settings, said), main_pretrain.build_model(settings)
+    looking, model = watcher(settings, said), base.build_model(settings)
     for epoch in (0, 1):
         line = looking.report(looking.look(model, epoch), epoch)
         assert line["monitor_bad_images"] == 1

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from util.packing import KeptTokens, PackedLayout, packed_attention
+from masking.kept import KeptTokens
+from util.packing import PackedLayout, packed_attention
 
 LENGTHS = [(7,), (3, 3, 3), (1, 64, 20, 20, 5), (2, 1, 1, 9)]
 

@@ -11,7 +11,7 @@ from helpers import ROOT
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
-from util import pimr, plots, tables
+from studies import pimr, plots, tables
 
 RANDOM = {0.5: 80.0, 0.7: 84.0, 0.9: 82.0}
 SBAM = {0.5: 83.0, 0.7: 85.0, 0.9: 84.0}

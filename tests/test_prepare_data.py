@@ -19,7 +19,9 @@ from PIL import Image
 from torchvision import transforms as tv
 
 from scripts import prepare_data
-from util import crop, datasets, decode, dist, prepare, seeding
+from util import seeding
+from util.data import crop, datasets, decode, resize
+from util.distributed import world
 
 
 def content(folder) -> dict[str, bytes]:
@@ -328,7 +330,7 @@ def test_a_destination_that_cannot_be_is_said(tmp_path, capsys):
 
 def test_a_system_that_does_not_say_which_cores_may_be_used(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
-    assert prepare_data.parse(["a", "b"]).workers == dist.usable_cores() == os.cpu_count()
+    assert prepare_data.parse(["a", "b"]).workers == world.usable_cores() == os.cpu_count()
 
 
 def test_statistics_read_with_the_loader_below_classes_too(tmp_path, capsys):
@@ -396,8 +398,8 @@ def test_the_box_is_torchvision_s(shape):
 def test_psnr_and_what_stays_as_it_is():
     (data,) = photographs(1)
     width, height = decode.to_picture(data, "RGB").size
-    assert prepare.resized(data, long_side=max(width, height)) is data
-    assert prepare.crop_psnr(data, data, 0, 32) == float("inf")
-    smaller = prepare.resized(data, short_side=min(width, height) // 2)
+    assert resize.resized(data, long_side=max(width, height)) is data
+    assert resize.crop_psnr(data, data, 0, 32) == float("inf")
+    smaller = resize.resized(data, short_side=min(width, height) // 2)
     assert decode.to_picture(smaller, "RGB").size[0] in (width // 2, width // 2 + 1)
-    assert 15 < prepare.crop_psnr(data, smaller, 0, 32) < 60
+    assert 15 < resize.crop_psnr(data, smaller, 0, 32) < 60

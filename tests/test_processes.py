@@ -12,7 +12,7 @@ from faults import injected
 from helpers import environment, log_lines
 from runs import assert_same_run, content, flags, pretrain, stopped, torchrun
 
-from util import lock
+from util.training import lock
 
 
 def test_twenty_in_a_row_on_one_of_two_processes_end_both(pictures, tmp_path):
@@ -126,14 +126,14 @@ def test_one_that_is_late_is_not_taken_for_one_that_stands_still(tmp_path):
     script = tmp_path / "late.py"
     script.write_text(
         "import os, signal, time\n"
-        "from util import control, dist\n"
-        "dist.init('cpu', 12)\n"
-        "agreement = control.Agreement(12)\n"
-        "assert agreement.maximum(dist.rank()) == [2]\n"
-        "if dist.rank() == 1: time.sleep(8)\n"
-        "if dist.rank() == 2: os.kill(os.getpid(), signal.SIGSTOP)\n"
-        "try: agreement.maximum(0)\n"
-        "except RuntimeError as error: agreement.explain(error)\n"
+        "from util.distributed import agreement, world\n"
+        "world.init('cpu', 12)\n"
+        "agreed = agreement.Agreement(12)\n"
+        "assert agreed.maximum(world.rank()) == [2]\n"
+        "if world.rank() == 1: time.sleep(8)\n"
+        "if world.rank() == 2: os.kill(os.getpid(), signal.SIGSTOP)\n"
+        "try: agreed.maximum(0)\n"
+        "except RuntimeError as error: agreed.explain(error)\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(script)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())

@@ -20,8 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main_finetune
 import main_linprobe
 import masking
-from util import checkpoint, control
-from util.step import GradientStep
+from util.distributed import signals
+from util.training import checkpoint
+from util.training.step import GradientStep
 
 
 @pytest.mark.parametrize("strategy", masking.available())
@@ -84,7 +85,7 @@ def test_fine_tuning_with_everything_random_continues_exactly(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GradientStep, "apply", apply_and_stop)
         while not stops or content(tmp_path / "parts")["epoch"] < 1:
-            with contextlib.suppress(control.Preempted):
+            with contextlib.suppress(signals.Preempted):
                 finetune(tmp_path / "parts")
             stops += 1
     assert stops >= 5
@@ -186,7 +187,7 @@ def test_a_stop_during_evaluation_and_a_stop_before_the_first_step(pictures, tmp
         for _ in range(2):  # the second time there is nothing left but to evaluate
             with pytest.raises(SystemExit) as stop:
                 probe(tmp_path / "parts")
-            assert stop.value.code == control.PREEMPTED
+            assert stop.value.code == signals.PREEMPTED
     found = content(tmp_path / "parts")
     assert (found["epoch"], found["step"]) == (-1, found["steps_per_epoch"])
     probe(tmp_path / "parts")

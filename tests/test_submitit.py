@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT, environment, log_lines
 
 import submitit_launch
-from util import control, slurm
+from util.distributed import signals, slurm
 
 TASK = ["--config", str(ROOT / "configs/linprobe/digits.yaml"), "--epochs", "1", "--num_workers", "0"]
 
@@ -122,4 +122,4 @@ def test_notice_of_the_time_limit():
 
 
 def test_the_exit_status_is_that_of_a_main_that_can_continue():
-    assert slurm.PREEMPTED == control.PREEMPTED
+    assert slurm.PREEMPTED == signals.PREEMPTED

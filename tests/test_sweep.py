@@ -17,7 +17,11 @@ import torch
 import yaml
 from helpers import ROOT, environment
 
-from util import checkpoint, cli, config, control, sweep, tables
+from methods import base
+from studies import sweep, tables
+from util import cli, config
+from util.distributed import signals
+from util.training import checkpoint
 
 FILE = {
     "output": "out",
@@ -160,7 +164,6 @@ def test_every_command_of_our_sweeps_is_accepted(path, monkeypatch):
     runs = sweep.expand(sweep.load(path))
     assert len({found.folder for found in runs}) == len(runs) > 3
     sweep.check(runs)
-    import main_pretrain
     import masking
 
     for found in runs:
@@ -171,8 +174,8 @@ def test_every_command_of_our_sweeps_is_accepted(path, monkeypatch):
             assert parsed.epochs == step.epochs
             if step.task == "pretrain":
                 with torch.device("meta"):
-                    patches = main_pretrain.build_model(parsed).num_patches
-                masking.check(main_pretrain.create_strategy(parsed), patches)
+                    patches = base.build_model(parsed).num_patches
+                masking.check(base.create_strategy(parsed), patches)
 
 
 def test_a_sweep_runs_gathers_and_skips_what_is_done(tmp_path, capsys):
@@ -212,7 +215,7 @@ def test_a_sweep_that_is_stopped_leaves_no_process_and_continues(tmp_path):
         time.sleep(0.02)
     process.terminate()
     said, _ = process.communicate(timeout=120)
-    assert process.returncode == control.PREEMPTED
+    assert process.returncode == signals.PREEMPTED
     assert "pretrain was stopped" in said
     assert said.endswith("stopped; the same command continues\n")
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout

@@ -17,7 +17,8 @@ from helpers import ROOT, environment, log_lines
 from runs import assert_same_run, pretrain, stopped
 
 import main_linprobe
-from util import checkpoint, control
+from util.distributed import signals
+from util.training import checkpoint
 
 
 @pytest.mark.parametrize("more", [[], ["--eval"]], ids=["training", "eval"])
@@ -40,7 +41,7 @@ def test_a_signal_ends_the_waiting_for_validation_pictures(pictures, tmp_path, m
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     os.close(writer)
-    assert process.returncode == (128 + signal.SIGTERM if more else control.PREEMPTED)
+    assert process.returncode == (128 + signal.SIGTERM if more else signals.PREEMPTED)
 
 
 def wait_for_reader(pipe, process) -> None:

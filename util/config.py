@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from util import dist
+from util.distributed import world
 
 
 def option(default: Any, help: str, **keywords) -> Any:
@@ -77,7 +77,7 @@ class Settings:
             raise ValueError(f"--seed {self.seed}: must be below 2^63")
         if self.clip_grad is not None and self.clip_grad <= 0:
             raise ValueError(f"--clip_grad {self.clip_grad}: must be above 0; leave it out for no clipping")
-        self.resolved_accum_iter(dist.launched_world_size())
+        self.resolved_accum_iter(world.launched_world_size())
 
     def _check_minimum(self, minimum: float, *names: str) -> None:
         for name in names:

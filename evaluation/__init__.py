@@ -1,0 +1,1 @@
+"""Open any checkpoint; measure and draw what its encoder knows."""

@@ -1,0 +1,218 @@
+"""Opening a checkpoint to look at it: the model, how its pictures are prepared, and measurements of its features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import masking
+import models_mae
+from methods import base
+from util.config import PretrainSettings
+from util.data import transforms
+from util.training import checkpoint
+
+# Settings that say what a model is, and what its pictures are; the others are of its training.
+OF_MODEL = ("model", "input_size", "patch_size", "in_chans", "norm_pix_loss", "mean", "std")
+OF_MODEL += ("mask_ratio", "masking", "masking_args")
+OF_DATA = ("dataset", "data_path", "loader")
+
+
+@dataclass
+class Opened:
+    """A model to look at.
+
+    Attributes:
+        model: in evaluation mode, on the device.
+        settings: of its pre-training, as far as the checkpoint tells.
+        strategy: its masking.
+        normalize: uint8 images -> the model's input, on the device.
+        has_decoder: False for an encoder alone, such as a fine-tuned one.
+        trained: False for a model without a checkpoint.
+        assumed: a sentence on what had to be assumed because the checkpoint does not tell it, or nothing.
+    """
+
+    model: models_mae.MaskedAutoencoderViT
+    settings: PretrainSettings
+    strategy: masking.base.Strategy
+    normalize: transforms.Normalize
+    has_decoder: bool = True
+    trained: bool = True
+    assumed: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the model's images."""
+        return self.model.patch_embed.img_size
+
+
+def untrained(name: str, device: torch.device | str = "cpu", **changes) -> Opened:
+    """A new model of `models_mae`, random weights from seed 0; `changes` are settings, as on the command line."""
+    check_device(device)
+    settings = PretrainSettings(model=name, **changes)
+    settings.check()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = base.build_model(settings)
+    return _opened(model, settings, device, trained=False)
+
+
+def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **changes) -> Opened:
+    """The model in a checkpoint of pre-training, fine-tuning or probing, or in one that the MAE authors published.
+
+    The settings come from the checkpoint; what it does not tell (the name of the architecture, the sizes) is read from
+    its tensors' shapes.
+
+    Args:
+        path: of the checkpoint.
+        device: where the model goes.
+        changes: settings that override the checkpoint's.
+
+    Raises:
+        ValueError: no checkpoint of an architecture in `models_mae`.
+    """
+    check_device(device)
+    content = checkpoint.load(path)
+    state = encoder_names(checkpoint.model_state(content, path))
+    settings = settings_of(content, state, path, changes)
+    assumed = "" if changes.get("input_size") else assumed_shape(content, state)
+    with torch.device("meta"):
+        model = base.build_model(settings)
+    wanted = set(model.state_dict())
+    has_decoder = any(name.startswith("decoder_blocks.") for name in state)
+    needed = {name for name in wanted if has_decoder or not name.startswith(("decoder", "mask_token"))}
+    if "norm.weight" not in state:  # fine-tuned on the mean of the patch tokens: the classifier has a norm of its own
+        needed -= {"norm.weight", "norm.bias"}
+    current = model.state_dict()
+    difference = checkpoint.describe_difference({name: current[name] for name in needed}, state)
+    if difference:
+        raise ValueError(f"{path}: not the architecture {settings.model}, name it with --model: {difference}")
+    model = base.build_model(settings)
+    if "norm.weight" not in state:
+        model.norm = nn.Identity()
+    model.load_state_dict({name: state[name] for name in needed}, strict=False)
+    return _opened(model, settings, device, has_decoder=has_decoder, assumed=assumed)
+
+
+def _opened(
+    model: models_mae.MaskedAutoencoderViT, settings: PretrainSettings, device: torch.device | str, **facts
+) -> Opened:
+    normalize = transforms.Normalize(*base.channel_statistics(settings)).to(device)
+    strategy = base.create_strategy(settings)
+    masking.check(strategy, model.num_patches, model.cls_token.shape[-1])
+    return Opened(model.to(device).eval(), settings, strategy, normalize, **facts)
+
+
+def encoder_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A state dict without what only a classifier has: its head, and the norm in front of it."""
+    return {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
+
+
+def check_device(device: torch.device | str) -> None:
+    """ValueError for a GPU that is not there."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: no CUDA GPU is visible here; leave it out, or use cpu")
+
+
+def check_pictures(settings: PretrainSettings) -> None:
+    """ValueError unless the pictures of these settings are what can be resized here."""
+    if settings.loader is not None and settings.dataset == "folder":
+        raise ValueError(
+            f"--loader {settings.loader}: the model was trained on the arrays of a loader, and only pictures can be "
+            "resized for a look at it; it can be trained further, fine-tuned and exported"
+        )
+    if settings.in_chans not in (1, 3, 4):
+        raise ValueError(
+            f"--in_chans {settings.in_chans}: only pictures of 1 (grey), 3 (RGB) or 4 (RGBA) channels can be resized "
+            "for a look at a model"
+        )
+
+
+def settings_of(content: dict, state: dict, path: str | Path, changes: dict) -> PretrainSettings:
+    """A checkpoint's settings of model and data, over them what its tensors' shapes say, over all `changes`.
+
+    What belongs to its training alone, such as the batch size or where it wrote, is left out.
+    """
+    known = checkpoint.arguments(content)
+    args = {name: known[name] for name in OF_MODEL + OF_DATA if known.get(name) is not None}
+    if args.get("model", "").startswith("vit_"):
+        args["model"] = f"mae_{args['model']}"
+    projection = state.get("patch_embed.proj.weight")
+    if projection is None or "pos_embed" not in state:
+        raise ValueError(f"{path}: no encoder of this project: patch_embed.proj.weight or pos_embed is missing in it")
+    patch = list(projection.shape[2:])
+    args["patch_size"], args["in_chans"] = patch, projection.shape[1]
+    grid = _grid(content, state, path, changes.get("input_size"))
+    args["input_size"] = [side * step for side, step in zip(grid, patch, strict=True)]
+    args.setdefault("model", guess_model(state, path) if "model" not in changes else changes["model"])
+    settings = PretrainSettings(**(args | changes))
+    settings.check()
+    return settings
+
+
+def told_grid(content: dict, state: dict[str, torch.Tensor]) -> tuple[int, int] | None:
+    """Rows and columns of patches, if a checkpoint tells them: as `grid`, or by the `input_size` of its settings."""
+    if content.get("grid"):
+        return tuple(content["grid"])
+    size = checkpoint.arguments(content).get("input_size")
+    if not size:
+        return None
+    size = [size] if isinstance(size, int) else size  # a number in MAE's own checkpoints, and at Hugging Face
+    rows, columns = (side // step for side, step in zip((size[0], size[-1]), _patch(state), strict=True))
+    return (rows, columns) if rows * columns == _places(state) else None
+
+
+def _grid(content: dict, state: dict, path: str | Path, given: list[int] | None) -> tuple[int, int]:
+    """Rows and columns of patches: told by the checkpoint, of `given` images, or square. ValueError: they disagree."""
+    told = told_grid(content, state)
+    if given:
+        rows, columns = (side // step for side, step in zip((given[0], given[-1]), _patch(state), strict=True))
+        if rows * columns != _places(state) or (told and told != (rows, columns)):
+            shape = f"{told[0]} x {told[1]}" if told else f"{_places(state)}"
+            height, width = _patch(state)
+            raise ValueError(f"--input_size {given}: {path} is of images of {shape} patches of {height} x {width}")
+        return rows, columns
+    if told:
+        return told
+    side = round(_places(state) ** 0.5)
+    if side * side != _places(state):
+        raise ValueError(
+            f"{path}: its position table has {_places(state)} places, not a square, and it does not tell their shape; "
+            "give the images' height and width with --input_size"
+        )
+    return side, side
+
+
+def assumed_shape(content: dict, state: dict[str, torch.Tensor]) -> str:
+    """A sentence where the shape of a model's images is not known, but taken as square; else nothing."""
+    if told_grid(content, state):
+        return ""
+    side = round(_places(state) ** 0.5)
+    height, width = (side * step for step in _patch(state))
+    return (
+        f"the file does not tell the shape of its images: {_places(state)} patches are taken as {side} x {side}, "
+        f"images of {height} x {width}; --input_size HEIGHT WIDTH says otherwise"
+    )
+
+
+def _places(state: dict[str, torch.Tensor]) -> int:
+    return state["pos_embed"].shape[1] - 1
+
+
+def _patch(state: dict[str, torch.Tensor]) -> tuple[int, int]:
+    return tuple(state["patch_embed.proj.weight"].shape[2:])
+
+
+def guess_model(state: dict[str, torch.Tensor], path: str | Path) -> str:
+    """The architecture whose width and depth a state dict has. ValueError: none, or `--model` is needed."""
+    width = state["pos_embed"].shape[-1]
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    for name in models_mae.available_models():
+        with torch.device("meta"):
+            model = models_mae.create_model(name)
+        if (model.pos_embed.shape[-1], len(model.blocks)) == (width, depth):
+            return name
+    raise ValueError(f"{path}: no architecture here has width {width} and {depth} blocks; name one with --model")

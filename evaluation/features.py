@@ -1,0 +1,108 @@
+"""What an encoder knows: features of unmasked images, k-NN accuracy on them, and their effective rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from util.distributed import signals
+
+POOLS = ("mean", "cls", "tokens")
+
+
+class _InOrder(Dataset):
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int):
+        return self.dataset[0, index]
+
+
+def in_order(dataset: Dataset, batch_size: int = 256, num_workers: int = 0) -> DataLoader:
+    """Batches of `dataset[0, index]`, all indices in order. Draws no random number."""
+    own = torch.Generator()  # the loader would draw its workers' seed from the global one
+    workers = {"num_workers": num_workers, "worker_init_fn": signals.worker_signals()}
+    return DataLoader(_InOrder(dataset), batch_size=batch_size, generator=own, **workers)
+
+
+@torch.no_grad()
+def encode_images(model: nn.Module, images: torch.Tensor, pool: str = "mean") -> torch.Tensor:
+    """Features of whole, unmasked images.
+
+    Args:
+        model: `models_mae.MaskedAutoencoderViT`, as it is (`model.eval()` is the caller's).
+        images: (N, C, H, W), normalised, on the model's device.
+        pool: "mean" of the patch tokens, the "cls" token, or the patch "tokens" themselves; after the final norm.
+
+    Returns:
+        (N, embed_dim), or (N, L, embed_dim) for the tokens.
+    """
+    if pool not in POOLS:
+        raise ValueError(f"pool is {pool!r}; choose one of {', '.join(POOLS)}")
+    tokens = model.encode(model.embed(images), None)  # (N, L + 1, D)
+    if pool == "cls":
+        return tokens[:, 0]
+    return tokens[:, 1:].mean(dim=1) if pool == "mean" else tokens[:, 1:]
+
+
+@torch.no_grad()
+def extract_features(
+    model: nn.Module,
+    dataset: Dataset,
+    normalize: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    pool: str = "mean",
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features of all images of a data set from a masked autoencoder's encoder. Draws no random number.
+
+    Args:
+        model: `models_mae.MaskedAutoencoderViT`; put into evaluation mode.
+        dataset: answers `dataset[epoch, index]` with an image (C, H, W) and a class.
+        normalize: images -> normalised images, on the model's device.
+        pool: as for `encode_images`.
+        batch_size, num_workers: of the loading.
+
+    Returns:
+        features (n, embed_dim), or (n, L, embed_dim), and classes (n,), on the CPU.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    features, labels = [], []
+    for images, targets in in_order(dataset, batch_size, num_workers):
+        features.append(encode_images(model, normalize(images.to(device)), pool).cpu())
+        labels.append(targets)
+    return torch.cat(features), torch.cat(labels)
+
+
+def knn_accuracy(
+    train: tuple[torch.Tensor, torch.Tensor], val: tuple[torch.Tensor, torch.Tensor], neighbours: int = 10
+) -> float:
+    """Percent of `val` that its nearest `neighbours` in `train` classify rightly: cosine, weighted by distance.
+
+    Args:
+        train, val: features (n, D) and classes (n,).
+        neighbours: how many vote; all of `train` where it has fewer.
+    """
+    from sklearn.neighbors import KNeighborsClassifier  # takes seconds to import
+
+    classifier = KNeighborsClassifier(min(neighbours, len(train[0])), metric="cosine", weights="distance")
+    classifier.fit(train[0].numpy(), train[1].numpy())
+    return 100 * classifier.score(val[0].numpy(), val[1].numpy())
+
+
+def rank_me(features: torch.Tensor, epsilon: float = 1e-7) -> float:
+    """Effective rank of features (n, D): between 1 (collapsed) and min(n, D). RankMe, Garrido et al., 2023, Eq. 1.
+
+    The exponential of the entropy of the singular values' shares, each share plus `epsilon`, as there.
+    """
+    singular = torch.linalg.svdvals(features.double())
+    share = singular / singular.sum().clamp_min(1e-300) + epsilon
+    return torch.exp(-(share * share.log()).sum()).item()

@@ -1,0 +1,124 @@
+"""Views of a masked autoencoder: salience, masks and reconstructions of images, as columns of a picture or numbers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+import masking
+from evaluation import drawing
+from util.config import PretrainSettings
+from util.data import transforms
+
+
+def standard_strategies(settings: PretrainSettings, own: masking.base.Strategy, num_patches: int) -> dict:
+    """The three strategies at the run's mask ratio and temperature; `own` replaces its namesake, or comes as "own"."""
+    ratio = settings.mask_ratio
+    # All of AMR's ratios must leave at least one token and remove one.
+    width = max(0.0, round(min(0.15, ratio - 1 / num_patches, 0.99 - ratio), 6))
+    shared = {"mask_ratio": ratio, "temperature": temperature_of(own)}
+    found = {"random": masking.create("random", mask_ratio=ratio), "sbam": masking.create("sbam", **shared)}
+    found["sbam_amr"] = masking.create("sbam_amr", **shared, delta_r=width)
+    return found | {own_name(settings): own}
+
+
+def own_name(settings: PretrainSettings) -> str:
+    """The run's strategy among `standard_strategies`."""
+    return settings.masking if settings.masking in masking.available() else "own"
+
+
+def temperature_of(strategy: masking.base.Strategy) -> float:
+    """Of the salience that a strategy goes by; 1 where it has none."""
+    return getattr(strategy, "temperature", 1.0)
+
+
+def to_pixels(images: torch.Tensor, normalize: transforms.Normalize) -> torch.Tensor:
+    """Normalised images (N, C, H, W) back to 0..1."""
+    return (images - normalize.shift) / normalize.scale
+
+
+@torch.no_grad()
+def columns(
+    model: nn.Module,
+    pixels: torch.Tensor,
+    normalize: transforms.Normalize,
+    strategies: dict[str, masking.base.Strategy],
+    *,
+    temperature: float,
+    rebuilt: str | None = None,
+    seed: int = 0,
+) -> list[drawing.Column]:
+    """Columns for `drawing.draw`: image, salience, what each strategy removes, reconstruction, and pasted.
+
+    Args:
+        model: `models_mae.MaskedAutoencoderViT` in evaluation mode.
+        pixels: (N, C, H, W) uint8, or floats in 0..1.
+        normalize: pixels -> what the model was trained on.
+        strategies: by name; all are given the same noise.
+        temperature: of the salience, see `temperature_of`.
+        rebuilt: name of the strategy whose mask is reconstructed; None for a model without a decoder.
+        seed: of the noise.
+    """
+    device, grid = normalize.shift.device, model.patch_embed.grid_size
+    normalized = normalize(pixels.to(device))
+    images = (pixels if pixels.is_floating_point() else pixels.float() / 255).cpu()
+    tokens = model.embed(normalized)
+    noise = torch.rand(tokens.shape[:2], generator=torch.Generator().manual_seed(seed)).to(device)
+    salience = masking.token_salience(tokens, temperature).view(-1, *grid).cpu()
+    title = "image\n(without channel 4)" if images.shape[1] == 4 else "image"
+    found = [drawing.Column(title, images), drawing.Column("salience", salience)]
+    masks = {name: strategy(tokens, noise=noise) for name, strategy in strategies.items()}
+    for name, mask in masks.items():
+        removed, shares = mask.mask.cpu(), mask.mask.float().mean(dim=1).tolist()
+        captions = tuple(f"{share:.0%} removed" for share in shares)
+        hidden = drawing.hide(images, removed, grid)
+        found.append(drawing.Column(f"mask: {name}", hidden, captions, removed.bool().view(-1, *grid)))
+    if rebuilt is None:
+        return found
+    mask = masks[rebuilt]
+    pred = model.forward_decoder(model.encode(tokens, mask), mask).float()
+    rebuilt_pixels = reconstruct(model, pred, normalized, normalize).cpu()
+    how = "\n(mean, std: image's)" if model.norm_pix_loss else ""
+    found.append(drawing.Column(f"rebuilt: {rebuilt}{how}", rebuilt_pixels))
+    pasted = drawing.paste(images, rebuilt_pixels, mask.mask.cpu(), grid)
+    return [*found, drawing.Column("rebuilt + visible", pasted)]
+
+
+def reconstruct(
+    model: nn.Module, pred: torch.Tensor, normalized: torch.Tensor, normalize: transforms.Normalize
+) -> torch.Tensor:
+    """Predicted patches (N, L, P) as images (N, C, H, W) in 0..1.
+
+    Under `norm_pix_loss` a prediction has no brightness and contrast of its own: each patch gets those of the true one,
+    the removed ones too.
+    """
+    if model.norm_pix_loss:
+        pred = drawing.denormalize_patches(pred, model.patchify(normalized).float())
+    return to_pixels(model.unpatchify(pred), normalize).clamp(0, 1)
+
+
+@torch.no_grad()
+def salience_statistics(
+    model: nn.Module, images: torch.Tensor, strategy: masking.base.Strategy
+) -> dict[str, torch.Tensor]:
+    """Statistics (N,) of normalised images (N, C, H, W), one number for each.
+
+    Returns:
+        salient_share: share of tokens with salience above the strategy's `delta` (0.1 where it has none).
+        salience_entropy: entropy of the salience, as shares that sum to 1, over that of equal shares: 1 is spread out,
+            0 is all on one token. 1 for an image without salience.
+        mask_ratio: share of tokens that `strategy` removes.
+    """
+    tokens = model.embed(images)
+    salience = masking.token_salience(tokens, temperature_of(strategy))  # (N, L)
+    total = salience.sum(dim=1, keepdim=True)
+    share = torch.where(total > 0, salience / total.clamp_min(1e-12), 1 / salience.shape[1])
+    entropy = torch.special.entr(share).sum(dim=1) / math.log(salience.shape[1])
+    noise = torch.full_like(salience, 0.5)  # counts do not depend on it
+    return {
+        "salient_share": (salience > getattr(strategy, "delta", 0.1)).float().mean(dim=1),
+        "salience_entropy": entropy,
+        "mask_ratio": strategy(tokens, noise=noise).mask.float().mean(dim=1),
+    }

@@ -1,0 +1,131 @@
+"""Measurements of an opened model's features: k-NN, RankMe, probes, salience."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from evaluation import features, monitor, probes
+from evaluation.checkpoints import Opened, check_pictures
+from util.data import datasets, sources, transforms
+
+METRICS = ("knn", "rank_me", "salience", "linear", "attentive")
+CACHE_GB = 16  # the attentive probe keeps all patch tokens of its images in memory
+
+
+class Named(Dataset):
+    """`dataset[0, index]` -> picture `index`, (C, H, W), and class 0. OSError names a file that cannot be decoded.
+
+    Unlike in a data set, no other picture takes its place.
+
+    Args:
+        images: the pictures.
+        transform: PIL image -> tensor (C, H, W).
+    """
+
+    def __init__(self, images: datasets.ImageSet, transform: Callable):
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+        return self.transform(self.images.picture(key[1])), 0
+
+
+def image_features(opened: Opened, pictures: list[str | Path], pool: str = "mean") -> torch.Tensor:
+    """Features of picture files, whole and unmasked: (n, embed_dim), or (n, L, embed_dim) with pool "tokens".
+
+    Each is resized and centre-cropped to the model's size.
+
+    Raises:
+        ValueError: the model is of other images than pictures.
+        OSError: names a file that cannot be read or decoded.
+    """
+    check_pictures(opened.settings)
+    source = sources.Files(str(path) for path in pictures)
+    images = datasets.ImageSet(source, np.zeros(len(source), dtype=np.int64), (), opened.settings.in_chans)
+    named = Named(images, transforms.evaluation_transform(opened.size, 1.0))
+    return features.extract_features(opened.model, named, opened.normalize, pool=pool)[0]
+
+
+def measure(
+    opened: Opened,
+    metrics: tuple[str, ...],
+    *,
+    neighbours: int = 10,
+    train_images: int | None = None,
+    val_images: int | None = None,
+    num_workers: int = 0,
+    pool: str = "mean",
+) -> dict[str, float | int | list[int]]:
+    """Measure the encoder on the data set of its settings.
+
+    Args:
+        opened: from `open_checkpoint` or `untrained`.
+        metrics: of `METRICS`.
+        neighbours: k of k-NN.
+        train_images, val_images: at most so many, evenly spread; all if None.
+        num_workers: of the loading.
+        pool: "mean" or "cls", for k-NN, RankMe and the linear probe.
+
+    Returns:
+        The metrics; the numbers of images, and of those of them that could not be decoded. These are named on stderr,
+        and the next good one takes the place of each.
+
+    Raises:
+        ValueError: no such numbers, a metric needs labels that the data set has not, or more memory than `CACHE_GB`.
+        SystemExit: not one picture can be decoded.
+    """
+    given = {"neighbours": neighbours, "train_images": train_images, "val_images": val_images}
+    for name, number in given.items():
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} {number}: must be at least 1")
+    check_pictures(opened.settings)
+    unlimited = 2**62
+    sets = monitor.open_sets(opened.settings, opened.size, train_images or unlimited, val_images or unlimited)
+    labelled = [name for name in metrics if name in ("knn", "linear", "attentive")]
+    if labelled and sets.train is None:
+        raise ValueError(
+            f"--metrics {' '.join(labelled)}: need labels, --data_path with train/<class>/ and val/<class>/; "
+            f"{sets.without_labels}"
+        )
+    if "attentive" in metrics:
+        _check_cache(opened, len(sets.train) + len(sets.val))
+    device = opened.normalize.shift.device
+
+    def extract(images, pool: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return features.extract_features(opened.model, images, opened.normalize, pool=pool, num_workers=num_workers)
+
+    result: dict = {"train_images": len(sets.train) if sets.train is not None else 0, "val_images": len(sets.val)}
+    if {"knn", "rank_me", "linear"} & set(metrics):
+        val = extract(sets.val, pool)
+        train = extract(sets.train, pool) if labelled else None
+        if "knn" in metrics:
+            result["knn"] = features.knn_accuracy(train, val, neighbours)
+        if "linear" in metrics:
+            result["linear"] = probes.linear_probe(train, val, device=device)
+        if "rank_me" in metrics:
+            result["rank_me"] = features.rank_me(val[0])
+    if "attentive" in metrics:
+        tokens = extract(sets.train, "tokens"), extract(sets.val, "tokens")
+        result["attentive"] = probes.attentive_probe(*tokens, device=device)
+    if "salience" in metrics:
+        found = monitor.salience_of_set(opened.model, sets.val, opened.normalize, opened.strategy, num_workers)
+        result |= {name: values.mean().item() for name, values in found.items()}
+        result["mask_ratio_histogram"] = monitor.ratio_histogram(found["mask_ratio"])
+    read = (sets.val, sets.train) if labelled else (sets.val,)
+    return result | {"bad_images": sum(images.bad.collect(device) for images in read)}
+
+
+def _check_cache(opened: Opened, images: int) -> None:
+    size = images * opened.model.num_patches * opened.model.cls_token.shape[-1] * 4 / 1e9
+    if size > CACHE_GB:
+        raise ValueError(
+            f"--metrics attentive: the patch tokens of {images} images are {size:.0f} GB; "
+            f"lower --train_images and --val_images to below {CACHE_GB} GB, or leave it out"
+        )

@@ -1,0 +1,214 @@
+"""What to watch while a masked autoencoder trains: k-NN accuracy, effective rank, salience, pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+
+import masking
+from evaluation import drawing, features, figures
+from util.config import PretrainSettings
+from util.data import datasets, sources, transforms
+from util.training.log import RunLog
+
+# Enough for a trend, and a minute at most on a GPU: images whose features the monitors take.
+TRAIN_IMAGES, VAL_IMAGES, SHOWN_IMAGES = 20_000, 5_000, 6
+RATIO_BINS = 20  # of the histogram of mask ratios, over 0..1
+
+
+def ratio_histogram(ratios: torch.Tensor) -> list[int]:
+    """How many mask ratios (N,) fall into each of the 20 bins [0, 0.05), ... [0.95, 1]."""
+    return torch.histc((ratios.float().cpu() + 1e-6).clamp(max=1), RATIO_BINS, 0, 1).int().tolist()
+
+
+@dataclass
+class ImageSets:
+    """What the monitors look at: evenly spread subsets, resized and cropped without randomness.
+
+    Attributes:
+        train: for k-NN; None without labels.
+        val: whose features, salience and pictures are looked at: validation images where there are some.
+        without_labels: why there are none, in a sentence.
+    """
+
+    train: datasets.SeededImages | None
+    val: datasets.SeededImages
+    without_labels: str = ""
+
+
+def open_sets(settings: PretrainSettings, size: tuple[int, int], train_images: int, val_images: int) -> ImageSets:
+    """The labelled images of the run's data set, else its unlabelled ones without k-NN. ValueError: there are none."""
+    name, path, channels = settings.dataset, settings.data_path, settings.in_chans
+    transform = transforms.evaluation_transform(size, 1.0)
+
+    def subset(images: datasets.ImageSet, most: int) -> datasets.SeededImages:
+        chosen = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)
+        source = sources.Chosen(images.source, chosen.tolist())
+        images = dataclasses.replace(images, source=source, labels=images.labels[chosen])
+        return datasets.SeededImages(images, transform, max_bad_images=1.0)  # who looks names them
+
+    try:
+        train = datasets.open_labelled(name, path, "train", channels)
+        val = datasets.open_labelled(name, path, "val", channels)
+        extra = sorted(set(val.classes) - set(train.classes))
+        if extra:
+            raise ValueError(f"--data_path {path}: classes of val/ that train/ has not: {extra[:5]}")
+        val = val if val.classes == train.classes else val.relabelled(train.classes)
+    except ValueError as error:
+        unlabelled = datasets.open_unlabelled(name, path, channels)
+        return ImageSets(None, subset(unlabelled, val_images), str(error))
+    return ImageSets(subset(train, train_images), subset(val, val_images))
+
+
+@dataclass
+class Look:
+    """What a look at a model found; only what was due.
+
+    Attributes:
+        values: numbers by name.
+        mask_ratios: (n,), of the images.
+        picture: of some images.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    mask_ratios: torch.Tensor | None = None
+    picture: Figure | None = None
+
+
+@dataclass
+class Monitor:
+    """Looks at a model between epochs, on the first process only, and leaves no trace in the training.
+
+    The other processes wait for it.
+
+    Attributes:
+        settings: of the run.
+        strategy: the run's masking.
+        normalize: pixels -> the model's input, on its device.
+        size: height and width of the model's images.
+        log: where numbers and pictures go.
+    """
+
+    settings: PretrainSettings
+    strategy: masking.base.Strategy
+    normalize: transforms.Normalize
+    size: tuple[int, int]
+    log: RunLog
+    _sets: ImageSets = field(init=False)
+
+    def __post_init__(self):
+        self._sets = open_sets(self.settings, self.size, TRAIN_IMAGES, VAL_IMAGES)
+        self._named: set[str] = set()
+        if self._sets.train is None and self.settings.eval_every:
+            self.log.say(f"no k-NN accuracy of the monitors: {self._sets.without_labels}")
+
+    def look(self, model: nn.Module, epoch: int) -> Look:
+        """Find what is due after `epoch`. Writes nothing, so that it can be broken off at any moment."""
+        found = Look()
+        with undisturbed(model):
+            if is_due(self.settings.eval_every, epoch, self.settings.epochs):
+                found = self.evaluate(model)
+            if is_due(self.settings.vis_every, epoch, self.settings.epochs):
+                found.picture = self.picture(model)
+        return found
+
+    def report(self, found: Look, step: int) -> dict:
+        """Pictures and numbers for TensorBoard; the numbers as `monitor_*` for log.txt. Bad pictures go to stderr."""
+        self.log.scalars({f"monitor/{name}": value for name, value in found.values.items()}, step)
+        if found.picture is not None:
+            self.log.figure("monitor/masks", found.picture, step)
+        line = {f"monitor_{name}": value for name, value in found.values.items()}
+        if found.mask_ratios is not None:
+            self.log.histogram("monitor/mask_ratio", found.mask_ratios, step)
+            line |= {"monitor_mask_ratio_histogram": ratio_histogram(found.mask_ratios)}
+            line |= {"monitor_bad_images": self._name_bad()}
+        return line
+
+    def evaluate(self, model: nn.Module) -> Look:
+        """k-NN accuracy where there are labels, RankMe, salience."""
+        val = self._features(model, self._sets.val)
+        values = {"rank_me": features.rank_me(val[0])}
+        if self._sets.train is not None:
+            values["knn"] = features.knn_accuracy(self._features(model, self._sets.train), val)
+        found = salience_of_set(model, self._sets.val, self.normalize, self.strategy, self.settings.num_workers)
+        values |= {name: numbers.mean().item() for name, numbers in found.items()}
+        return Look(values, found["mask_ratio"])
+
+    def picture(self, model: nn.Module) -> Figure:
+        """The fixed images as the model sees them now."""
+        images = self._sets.val
+        count = min(SHOWN_IMAGES, len(images))
+        pixels = torch.stack([images[0, index * len(images) // count][0] for index in range(count)])
+        strategies = figures.standard_strategies(self.settings, self.strategy, model.num_patches)
+        rebuilt, temperature = figures.own_name(self.settings), figures.temperature_of(self.strategy)
+        return drawing.draw(
+            figures.columns(model, pixels, self.normalize, strategies, rebuilt=rebuilt, temperature=temperature)
+        )
+
+    def _name_bad(self) -> int:
+        """How many of the looked at pictures cannot be decoded; new ones are named on stderr.
+
+        `BadImages.collect` would wait for the other processes, which do not look.
+        """
+        count = 0
+        for images in (self._sets.val, self._sets.train):
+            bad = [index for index in range(len(images)) if index in images.bad] if images is not None else []
+            count += len(bad)
+            for index in bad:
+                if images.name(index) not in self._named:
+                    self._named.add(images.name(index))
+                    print(f"bad picture: {images.bad.describe(index)}; the monitors see the next one", file=sys.stderr)
+        return count
+
+    def _features(self, model: nn.Module, images: datasets.SeededImages) -> tuple[torch.Tensor, torch.Tensor]:
+        return features.extract_features(model, images, self.normalize, num_workers=self.settings.num_workers)
+
+
+def salience_of_set(
+    model: nn.Module,
+    images: datasets.SeededImages,
+    normalize: transforms.Normalize,
+    strategy: masking.base.Strategy,
+    num_workers: int = 0,
+) -> dict[str, torch.Tensor]:
+    """`figures.salience_statistics` of all images of a set, (n,) each, on the CPU."""
+    found: dict[str, list[torch.Tensor]] = {}
+    for pixels, _ in features.in_order(images, num_workers=num_workers):
+        batch = figures.salience_statistics(model, normalize(pixels.to(normalize.shift.device)), strategy)
+        for name, values in batch.items():
+            found.setdefault(name, []).append(values.cpu())
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def due(settings: PretrainSettings, epoch: int) -> bool:
+    """True if there is something to look at after `epoch`."""
+    return any(is_due(every, epoch, settings.epochs) for every in (settings.eval_every, settings.vis_every))
+
+
+def is_due(every: int | None, epoch: int, epochs: int) -> bool:
+    """True after every `every`-th epoch and after the last."""
+    return every is not None and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradient; the model's mode and all random states are given back after."""
+    training, before = model.training, (random.getstate(), np.random.get_state())
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            model.train(training)
+            random.setstate(before[0])
+            np.random.set_state(before[1])

@@ -1,0 +1,91 @@
+"""Checkpoints for other libraries, and theirs for this project. scripts/export.py is its command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from evaluation import checkpoints
+from exporting import hugging_face, tensor_names
+from exporting.exportable import Exportable, check_heads, check_names, load_tensors
+from methods import base
+from util.training import checkpoint
+
+FORMATS = ("timm", "hf", "safetensors", "mae")
+
+
+def read(
+    path: str | Path, source: str | None = None, model: str | None = None, input_size: list[int] | None = None
+) -> Exportable:
+    """A checkpoint of ours, or of another library.
+
+    Args:
+        path: file, or folder for "hf".
+        source: None for ours; "mae", "timm", "hf", "safetensors".
+        model: name of the architecture, where the shapes do not tell.
+        input_size: height and width of the images, or one side, where the checkpoint does not tell.
+
+    Raises:
+        ValueError: no such file, or no architecture of this project.
+    """
+    path = Path(path)
+    given = {"model": model, "input_size": input_size}
+    changes = {name: value for name, value in given.items() if value}
+    if source == "hf":
+        state, content = hugging_face.read(path)
+    elif path.suffix == ".safetensors":
+        state, content = _read_safetensors(path)
+    else:
+        content = checkpoint.load(path)
+        state = checkpoint.model_state(content, path)
+    settings = checkpoints.settings_of(content, checkpoints.encoder_names(state), path, changes)
+    check_names(path, settings, state)
+    check_heads(path, settings, content, state)
+    with torch.device("meta"):
+        grid = base.build_model(settings).patch_embed.grid_size
+    notes = [*content.get("notes", ()), "" if input_size else checkpoints.assumed_shape(content, state)]
+    classes = tuple(content.get("classes", ()))
+    head = state.get("head.weight", state.get("head.1.weight"))
+    if head is not None and len(classes) != len(head):
+        classes = tuple(str(i) for i in range(len(head)))
+    classes = classes if head is not None else ()
+    return Exportable(state, settings, classes, tuple(grid), tuple(note for note in notes if note))
+
+
+def write(found: Exportable, target: str | None, path: Path) -> None:
+    """Write for `target` (None: ours), to a file, or to a folder for "hf".
+
+    Raises:
+        ValueError: the other library has no such model, or the suffix is wrong.
+    """
+    if target == "hf":
+        hugging_face.write(found, path)
+        return
+    if path.suffix not in (".pth", ".safetensors") or (target in (None, "mae") and path.suffix != ".pth"):
+        wanted = ".pth" if target in (None, "mae") else ".safetensors or .pth"
+        raise ValueError(f"--output {path}: the name must end in {wanted}")
+    if target == "safetensors" and path.suffix != ".safetensors":
+        raise ValueError(f"--output {path}: the name must end in .safetensors")
+    state = tensor_names.encoder_or_classifier(found.state) if target == "timm" else found.state
+    args = {name: getattr(found.settings, name) for name in checkpoints.OF_MODEL}
+    described = {"args": args, "grid": list(found.grid), "classes": list(found.classes)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in described.items()}
+        save_file({name: value.contiguous() for name, value in state.items()}, path, metadata)
+    elif target is None:
+        checkpoint.save(path, {"model": state} | described)
+    else:
+        checkpoint.save(path, {"model" if target == "mae" else "state_dict": state, "grid": list(found.grid)})
+
+
+def _read_safetensors(path: Path) -> tuple[tensor_names.State, dict[str, Any]]:
+    state = load_tensors(path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    return state, {name: json.loads(metadata[name]) for name in ("args", "grid", "classes") if name in metadata}

@@ -1,0 +1,134 @@
+"""Hugging Face's folders: ViTMAE and ViT, from our tensors and to them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+import models_mae
+from exporting import tensor_names
+from exporting.exportable import Exportable, json_object, load_tensors
+from methods import base
+
+HUGGING_FACE_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
+
+
+def hugging_face_config(found: Exportable) -> dict[str, Any]:
+    """`config.json` of `ViTMAEForPreTraining` or `ViTForImageClassification`. ValueError: they have no such model."""
+    with torch.device("meta"):
+        model = base.build_model(found.settings)
+    (height, width), (patch, other) = model.patch_embed.img_size, model.patch_embed.patch_size
+    if height != width or patch != other:
+        raise ValueError(
+            f"--to hf: images of {height} x {width} in patches of {patch} x {other}; there both are square"
+        )
+    config = {
+        "hidden_size": model.cls_token.shape[-1],
+        "num_hidden_layers": len(model.blocks),
+        "num_attention_heads": model.blocks[0].attn.num_heads,
+        "intermediate_size": model.blocks[0].mlp.fc1.out_features,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": model.norm.eps,
+        "image_size": height,
+        "patch_size": patch,
+        "num_channels": model.in_chans,
+        "qkv_bias": True,
+    }
+    if found.kind == "classifier":
+        labels = dict(enumerate(found.classes))
+        named = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
+        return {"model_type": "vit", "architectures": ["ViTForImageClassification"]} | config | named
+    return config | {
+        "model_type": "vit_mae",
+        "architectures": ["ViTMAEForPreTraining" if found.kind == "autoencoder" else "ViTMAEModel"],
+        "decoder_hidden_size": model.mask_token.shape[-1],
+        "decoder_num_hidden_layers": len(model.decoder_blocks),
+        "decoder_num_attention_heads": model.decoder_blocks[0].attn.num_heads,
+        "decoder_intermediate_size": model.decoder_blocks[0].mlp.fc1.out_features,
+        "mask_ratio": found.settings.mask_ratio,
+        "norm_pix_loss": found.settings.norm_pix_loss,
+    }
+
+
+def write(found: Exportable, folder: Path) -> None:
+    if "fc_norm.weight" in found.state:
+        raise ValueError(
+            "--to hf: ViTForImageClassification classifies the class token, this model the mean of the patch tokens; "
+            "use --to timm, or fine-tune with --cls_token"
+        )
+    config = hugging_face_config(found)
+    state = tensor_names.to_hugging_face(tensor_names.fold_probe_head(found.state))
+    mean, std = base.channel_statistics(found.settings)
+    side = config["image_size"]
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+
+
+def read(folder: Path) -> tuple[tensor_names.State, dict[str, Any]]:
+    """State and a checkpoint's other content from `config.json` and `model.safetensors`."""
+    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+        raise ValueError(f"{folder}: needs config.json and model.safetensors, as save_pretrained writes them")
+    config = _read_config(folder)
+    tensors = load_tensors(folder / "model.safetensors")
+    notes = [note for note in (_other_epsilon(config),) if note]
+    pooler = [name for name in tensors if name.startswith("pooler.")]
+    if pooler:
+        notes.append("the pooler is left out: models here have none")
+    try:
+        state = tensor_names.from_hugging_face({name: tensors[name] for name in tensors if name not in pooler})
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    args = {name: config.get(name) for name in ("mask_ratio", "norm_pix_loss")} | {
+        "input_size": config.get("image_size")
+    }
+    if args["mask_ratio"] == 0:  # who wants features of whole images there sets it so
+        args["mask_ratio"] = None
+    processor = folder / "preprocessor_config.json"
+    if processor.is_file():
+        found = json_object(processor)
+        args |= {ours: found[name] for ours, name in (("mean", "image_mean"), ("std", "image_std")) if name in found}
+    labels = config.get("id2label", {})
+    classes = [labels[key] for key in sorted(labels, key=int)]
+    heads = {"heads": config["num_attention_heads"], "decoder_heads": config.get("decoder_num_attention_heads")}
+    return state, {"args": args, "classes": classes, "notes": notes} | heads
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """`config.json`. ValueError: of a model that has no counterpart here."""
+    config = json_object(folder / "config.json")
+    if config.get("model_type") not in ("vit_mae", "vit"):
+        raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}; vit_mae and vit can be converted")
+    if config.get("hidden_act", "gelu") != "gelu":
+        raise ValueError(f"{folder}: hidden_act is {config['hidden_act']!r}; models here have the exact gelu only")
+    if "num_attention_heads" not in config:
+        raise ValueError(f"{folder}/config.json: num_attention_heads is missing; save_pretrained writes it")
+    return config
+
+
+def _other_epsilon(config: dict[str, Any]) -> str:
+    """A sentence where LayerNorm's epsilon is another than here, or nothing."""
+    theirs, ours = config.get("layer_norm_eps", 1e-12), models_mae.layer_norm(1).eps  # 1e-12: transformers' default
+    if theirs == ours:
+        return ""
+    return (
+        f"layer_norm_eps is {theirs:g} there and {ours:g} here, as MAE trains: results differ, little for usual images "
+        "and more for those of hardly any contrast"
+    )

@@ -1,0 +1,1 @@
+"""Sweeps over settings, their tables, plots and PIMR."""

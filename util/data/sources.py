@@ -1,0 +1,131 @@
+"""Where the pictures of a data set lie: any of them, by its number, without the others."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from util.data.decode import Content
+
+
+class Source(Protocol):
+    """Pictures by number. `read` may fail with any error; the caller adds `name`."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Content:
+        """The encoded file, or its pixels."""
+
+    def name(self, index: int) -> str:
+        """What a person can find it by."""
+
+
+class Strings(Sequence):
+    """Many strings in two arrays: a list of a million would be copied into each worker, by its reference counts."""
+
+    def __init__(self, texts: Iterable[str]):
+        encoded = [text.encode("utf-8", "surrogateescape") for text in texts]
+        self._ends = np.cumsum([len(text) for text in encoded], dtype=np.int64)
+        self._data = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        index = range(len(self))[index]
+        first = self._ends[index - 1] if index else 0
+        return self._data[first : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+
+class Files:
+    """Pictures that are files.
+
+    Args:
+        paths: of the files.
+        loader: path -> array (H, W, C); None decodes usual picture files.
+    """
+
+    def __init__(self, paths: Iterable[str], loader: Callable[[str], np.ndarray] | None = None):
+        self.paths, self.loader = Strings(paths), loader
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Content:
+        """The file's bytes, or what the loader makes of it."""
+        path = self.paths[index]
+        return Path(path).read_bytes() if self.loader is None else np.asarray(self.loader(path))
+
+    def name(self, index: int) -> str:
+        """Its path."""
+        return self.paths[index]
+
+
+class Chosen:
+    """Some of the pictures of another source."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Content:
+        """As the other source."""
+        return self.source.read(self.indices[index])
+
+    def name(self, index: int) -> str:
+        """As the other source."""
+        return self.source.name(self.indices[index])
+
+
+class Arrays:
+    """Pictures in memory: an array (N, H, W) or (N, H, W, C), or anything that gives an array for an index."""
+
+    def __init__(self, arrays: Sequence, title: str):
+        self.arrays, self.title = arrays, title
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def read(self, index: int) -> Content:
+        """The pixels."""
+        return np.asarray(self.arrays[index])
+
+    def name(self, index: int) -> str:
+        """The data set and the number."""
+        return f"{self.title}, picture {index}"
+
+
+def find_files(root: Path, endings: Iterable[str]) -> list[str]:
+    """The files below `root` with these endings, sorted by path.
+
+    Links are followed, but no folder is entered twice; what is hidden is skipped, such as macOS's `._a.jpg`.
+    """
+    found, seen = [], set()
+    for place, folders, names in os.walk(root, followlinks=True):
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+        names = (name for name in names if not name.startswith(".") and name.lower().endswith(tuple(endings)))
+        found += [os.path.join(place, name) for name in names]
+    return sorted(found)
+
+
+def import_loader(name: str) -> Callable[[str], np.ndarray]:
+    """The function `package.module:function`. ValueError if there is none."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"--loader {name}: write package.module:function, such as util.loaders:npy")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:  # the module may raise anything
+        raise ValueError(f"--loader {name}: cannot be imported ({type(error).__name__}: {error})") from error

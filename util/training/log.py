@@ -1,0 +1,106 @@
+"""What a run says: lines or a progress bar on the terminal, `log.txt`, TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from util.distributed import world
+from util.training.record import Events, Lines
+
+
+class RunLog:
+    """Files and terminal of one run; silent in all processes but the first.
+
+    Args:
+        output_dir: where `log.txt` goes; None writes no files, for a run that only evaluates.
+        log_dir: where TensorBoard's events go.
+        start_epoch: lines of `log.txt` from this epoch on are dropped, because these epochs are run again.
+        start_step: likewise TensorBoard's points from this step on.
+    """
+
+    def __init__(self, output_dir: Path | None, log_dir: Path | None = None, start_epoch: int = 0, start_step: int = 0):
+        self._bar: tqdm | None = None
+        self._said: set[str] = set()
+        self._lines = self._events = None
+        if output_dir is None or not world.is_main():
+            return
+        self._lines = Lines(output_dir / "log.txt", lambda line: _epoch(line) < start_epoch)
+        self._events = Events(log_dir, start_step)
+
+    def say(self, text: str) -> None:
+        """A line on the terminal."""
+        if world.is_main():
+            with contextlib.suppress(OSError):  # a full disk, where it goes to a file
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
+
+    def say_once(self, text: str) -> None:
+        """A line on the terminal, unless one that begins like it was there before."""
+        if text.split(":")[0] not in self._said:
+            self._said.add(text.split(":")[0])
+            self.say(text)
+
+    def progress(self, description: str, done: int, total: int, values: dict[str, float]) -> None:
+        """State of an epoch: a bar on a terminal, else a line."""
+        if not world.is_main():
+            return
+        text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        if not sys.stderr.isatty():
+            self.say(f"{description} [{done:>{len(str(total))}}/{total}]  {text}")
+            return
+        if self._bar is None:
+            self._bar = tqdm(total=total, dynamic_ncols=True)
+        self._bar.set_description(description)
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self._bar.close()
+            self._bar = None
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Values for TensorBoard."""
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add("scalar", name, value, step)
+
+    def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        """A histogram of `values` for TensorBoard."""
+        if self._events is not None:
+            self._events.add("histogram", name, values, step)
+
+    def figure(self, name: str, figure: Figure, step: int) -> None:
+        """A picture for TensorBoard."""
+        if self._events is not None:
+            self._events.add("figure", name, figure, step)
+
+    def epoch(self, values: dict[str, Any]) -> None:
+        """One line of `log.txt`."""
+        if self._lines is not None:
+            self._lines.add(json.dumps(values))
+            self._events.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._lines is not None:
+            self._lines.write()
+            self._events.close()
+
+
+def _epoch(line: str) -> float:
+    """The epoch of a line of `log.txt`; infinity for a line that was cut off."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}"
