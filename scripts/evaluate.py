@@ -21,6 +21,7 @@ import torch
 
 from evaluation import checkpoints
 from util import cli
+from util.files import write_whole
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,9 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     if given.output:
         path = Path(given.output)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        temporary.replace(path)  # whole or not at all
+        write_whole(path, json.dumps(result, indent=1) + "\n")
 
 
 def check_output(output: str | None) -> None:

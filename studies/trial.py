@@ -13,6 +13,7 @@ from typing import Any
 
 from util import cli
 from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings, Settings
+from util.files import write_whole
 from util.training import checkpoint
 
 SCRIPTS = {
@@ -226,9 +227,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def _age(path: Path) -> float:

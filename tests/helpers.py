@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -91,3 +93,16 @@ def run_main(main: str, *arguments, processes: int = 1, cwd: Path | None = None)
 def log_lines(output_dir: Path) -> list[dict]:
     """The epochs in log.txt."""
     return [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
+
+
+def refusal(main: Callable, argv: Sequence, capsys: pytest.CaptureFixture) -> str:
+    """Run `main(argv)`, which must refuse with status 2 and one line on stderr; return that line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main([str(value) for value in argv])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2, said
+    lines = [line for line in said.splitlines() if "error: " in line]
+    assert len(lines) == 1, said
+    assert "Traceback" not in said
+    return lines[0]

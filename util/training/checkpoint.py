@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import os
 import re
@@ -15,6 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from util.files import replacing
 from util.pos_embed import resize_pos_embed
 
 LAST = "checkpoint-last.pth"
@@ -27,32 +27,15 @@ def save(path: Path, content: dict) -> None:
     Raises:
         OSError: it could not be written, or does not read back as it was written; `path` is as it was.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path, durable=True) as file:
             torch.save(content, file)
             file.flush()
-            os.fsync(file.fileno())
-        damage = find_damage(temporary)
-        if damage:
-            raise OSError(f"{temporary}: does not read back as it was written ({damage})")
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # PyTorch's writer, on a full disk
-            raise OSError(str(error).splitlines()[0]) from error
-        raise
-    os.replace(temporary, path)
-    flush_folder(path.parent)
-
-
-def flush_folder(folder: Path) -> None:
-    """Make renames in `folder` last."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            damage = find_damage(file.name)
+            if damage:
+                raise OSError(f"{file.name}: does not read back as it was written ({damage})")
+    except RuntimeError as error:  # PyTorch's writer, on a full disk
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 def find_damage(path: str | Path) -> str:

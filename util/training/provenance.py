@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 import yaml
 
+from util.files import write_whole
+
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
@@ -27,9 +29,7 @@ def write_config(path: Path, description: dict) -> None:
     """
     rest = {name: value for name, value in description.items() if name != "settings"}
     comment = "".join(f"# {line}\n" for line in yaml.safe_dump(rest, sort_keys=False).splitlines())
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(comment + yaml.safe_dump(description["settings"], sort_keys=False))
-    temporary.replace(path)
+    write_whole(path, comment + yaml.safe_dump(description["settings"], sort_keys=False))
 
 
 def revision() -> str:

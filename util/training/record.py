@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from util.files import write_whole
+
 RETRY_S = 60.0
 
 
@@ -34,9 +36,7 @@ class Lines:
         self._path, self._waiting, self._good_size = path, "", None
         if path.is_file():
             kept = [line for line in path.read_text().splitlines() if keep(line)]
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            temporary.replace(path)
+            write_whole(path, "".join(line + "\n" for line in kept))
 
     def add(self, line: str) -> None:
         """Append `line`."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from util.files import flush_folder
 from util.training import checkpoint, record
 
 
@@ -91,7 +92,7 @@ class Saver:
         self._last_is_whole = True
         if keep_as is not None:
             self._prune()
-        checkpoint.flush_folder(self.folder)
+        flush_folder(self.folder)
 
     def _prune(self) -> None:
         if self.keep_last is not None:
