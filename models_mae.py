@@ -132,18 +132,26 @@ class MaskedAutoencoderViT(nn.Module):
             return self.patch_embed(images.float()) + self.pos_embed[:, 1:]
 
     @torch.no_grad()
-    def choose_mask(self, images: torch.Tensor, noise: torch.Tensor | None = None, **offered) -> Mask:
-        """Ask the strategy which patches of `images` (N, C, H, W) to remove: no gradient, no autocast.
+    def choose_mask(
+        self,
+        images: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        strategy: Callable[..., Mask] | None = None,
+        **offered,
+    ) -> Mask:
+        """Ask a strategy which patches of `images` (N, C, H, W) to remove: no gradient, no autocast.
 
         Args:
             images: normalised.
             noise: (N, L) in [0, 1), replaces the strategy's own draw.
+            strategy: asked in place of the model's own.
             offered: what a strategy may need besides the grid, see `masking.NEEDS`.
         """
         with torch.autocast(images.device.type, enabled=False):
-            reads = masking_strategies.reads_tokens(self.masking)
+            strategy = strategy or self.masking
+            reads = masking_strategies.reads_tokens(strategy)
             tokens = self.embed(images) if reads else self.pos_embed[:, 1:].expand(len(images), -1, -1)
-            return masking_strategies.call(self.masking, tokens, noise, grid=self.patch_embed.grid_size, **offered)
+            return masking_strategies.call(strategy, tokens, noise, grid=self.patch_embed.grid_size, **offered)
 
     def encode(self, tokens: torch.Tensor, mask: Mask | None) -> torch.Tensor:
         """Run the class token and the kept tokens through the encoder.
