@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import engine_finetune
 import models_vit
-from util import cli, optim
+from util import cli, optim, terminal
 from util.config import FinetuneSettings
 from util.data import transforms
 from util.training import run
@@ -21,6 +21,7 @@ from util.training.inputs import Inputs, open_inputs
 
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune as the command line says."""
+    terminal.protect()
     settings = cli.parse(FinetuneSettings, argv)
     multiple = 2 if settings.mixes else 1
 

@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import engine_finetune
 import models_vit
-from util import cli, optim
+from util import cli, optim, terminal
 from util.config import LinprobeSettings
 from util.data import transforms
 from util.training import run
@@ -19,6 +19,7 @@ from util.training.inputs import Inputs, open_inputs
 
 def main(argv: list[str] | None = None) -> None:
     """Probe as the command line says."""
+    terminal.protect()
     settings = cli.parse(LinprobeSettings, argv)
 
     def build(num_classes: int, with_head: bool = True) -> VisionTransformer:

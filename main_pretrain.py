@@ -11,7 +11,7 @@ import engine_pretrain
 import masking
 from evaluation import monitor
 from methods import base
-from util import cli, optim, precision, seeding
+from util import cli, optim, precision, seeding, terminal
 from util.config import PretrainSettings
 from util.data import datasets, transforms
 from util.data.step_loader import MicroBatch
@@ -32,6 +32,7 @@ class Inputs:
 
 def main(argv: list[str] | None = None) -> None:
     """Pre-train as the command line says."""
+    terminal.protect()
     settings = cli.parse(PretrainSettings, argv)
     with cli.exit_on_user_error():
         inputs = check(settings)
