@@ -16,7 +16,7 @@ from util import cli, optim, terminal
 from util.config import FinetuneSettings
 from util.data import transforms
 from util.training import run
-from util.training.inputs import Inputs, open_inputs
+from util.training.inputs import Inputs, find_start, open_inputs
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,8 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_on_user_error():
         inputs = open_inputs(settings, build, multiple)
         make_transform(settings, (32, 32))
-    with run.Run.start(settings, inputs.resumed) as job:
-        inputs.resumed = None  # the run holds it, until it has restored from it
+    with run.Run.start(settings, lambda: find_start(settings, inputs, build, multiple)) as job:
         train(job, inputs, build)
 
 

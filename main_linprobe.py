@@ -14,7 +14,7 @@ from util import cli, optim, terminal
 from util.config import LinprobeSettings
 from util.data import transforms
 from util.training import run
-from util.training.inputs import Inputs, open_inputs
+from util.training.inputs import Inputs, find_start, open_inputs
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,8 +30,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with cli.exit_on_user_error():
         inputs = open_inputs(settings, build, multiple=2)  # BatchNorm needs two images
-    with run.Run.start(settings, inputs.resumed) as job:
-        inputs.resumed = None  # the run holds it, until it has restored from it
+    with run.Run.start(settings, lambda: find_start(settings, inputs, build, 2)) as job:
         train(job, inputs, build)
 
 

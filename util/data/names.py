@@ -19,9 +19,10 @@ def digest(source: sources.Source) -> str | None:
     if isinstance(source, sources.Chosen):
         found.update(np.asarray(source.indices, dtype=np.int64).tobytes() + str(digest(source.source)).encode())
     elif isinstance(source, sources.Files):
-        _add(found, source.paths)
+        _add(found, source.paths, _shared(source.paths))
     elif isinstance(source, tar_shards.TarShards):
-        _add(found, sources.Strings(map(str, source.shards)))
+        shards = sources.Strings(map(str, source.shards))
+        _add(found, shards, _shared(shards))
         _add(found, source.names)
         found.update(np.asarray(source.ends, dtype=np.int64).tobytes())
     else:
@@ -29,11 +30,13 @@ def digest(source: sources.Source) -> str | None:
     return found.hexdigest()
 
 
-def _add(found, texts: sources.Strings) -> None:
-    """Add `texts` without the folder that the first and the last have in common."""
-    if not len(texts):
-        return
-    shared = len(os.path.dirname(os.path.commonprefix([os.fsencode(texts[0]), os.fsencode(texts[len(texts) - 1])])))
+def _shared(paths: sources.Strings) -> int:
+    """Return how many bytes the folder has that the first and the last path have in common."""
+    ends = {os.path.dirname(os.fsencode(paths[index])) for index in (0, len(paths) - 1)}
+    return len(os.path.commonpath(ends))
+
+
+def _add(found, texts: sources.Strings, skip: int = 0) -> None:
     for text in texts.encoded():
-        found.update(text[shared:])
+        found.update(text[skip:])
         found.update(b"\0")
