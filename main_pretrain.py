@@ -16,6 +16,7 @@ from util.config import PretrainSettings
 from util.data import datasets, transforms
 from util.data.step_loader import MicroBatch
 from util.distributed import world
+from util.ratios import exact_ratio
 from util.training import checkpoint, resume, run, strategy_state
 from util.training.step import GradientStep
 
@@ -57,7 +58,7 @@ def train(job: run.Run, inputs: Inputs) -> None:
     scaler = precision.grad_scaler(job.amp, job.device)
     job.restore(bare, optimizer, scaler, len(loader), inputs.strategy)
 
-    nominal_tokens = plan.batch_size * plan.accum_iter * bare.num_patches * settings.mask_ratio
+    nominal_tokens = plan.batch_size * plan.accum_iter * bare.num_patches * float(exact_ratio(settings.mask_ratio))
     update = GradientStep(model, optimizer, scaler, nominal_tokens, settings.clip_grad)
     shown = ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "grad_norm")
     loop = job.loop(loader, optimizer, shown)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from util import cli
-from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings, Settings
+from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings, Settings, names_of_kind
 from util.files import write_whole
 from util.training import checkpoint
 
@@ -25,9 +25,7 @@ SCRIPTS = {
 SETTINGS = {"pretrain": PretrainSettings, "linprobe": LinprobeSettings, "finetune": FinetuneSettings}
 LAST = "last"  # the label of checkpoint-last.pth
 # What may differ between what a folder holds and what is asked for: how fast a run is, and what it shows.
-_FREE = {"resume", "device", "amp", "compile", "grad_checkpointing", "channels_last", "num_workers", "pin_mem"}
-_FREE |= {"dist_timeout", "output_dir", "log_dir", "print_freq", "save_every_epochs", "save_every_minutes", "keep_last"}
-_FREE |= {"eval_every", "vis_every"}
+_FREE = set().union(*(names_of_kind(settings, "speed", "display") for settings in SETTINGS.values()))
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ import masking
 import models_mae
 import models_vit
 from methods import base
-from util import cli, config
+from util import cli, config, ratios
 from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings
 
 
@@ -251,10 +253,29 @@ def test_every_recipe_parses_and_builds(path, monkeypatch):
             models_vit.build_model(settings, 1000)
 
 
-def test_every_setting_says_what_it_is():
-    for task in CLASSES.values():
-        for field in config.dataclasses.fields(task):
-            assert len(field.metadata["help"]) > 8, field.name
+@pytest.mark.parametrize("task", CLASSES.values())
+def test_every_setting_says_what_it_is_and_of_which_kind(task):
+    for field in dataclasses.fields(task):
+        assert len(field.metadata["help"]) > 8, field.name
+        assert field.metadata["kind"] in config.KINDS, field.name
+    assert config.names_of_kind(task, *config.KINDS) == {field.name for field in dataclasses.fields(task)}
+    assert {"amp", "seed", "model"} <= config.names_of_kind(task, "result")
+    assert {"device", "compile"} <= config.names_of_kind(task, "speed")
+    assert list(task().as_dict()) == [name for kind in config.KINDS for name in config.fields_of_kind(task, kind)]
+
+
+@pytest.mark.parametrize(
+    ("written", "exact"),
+    [(0.7, (7, 10)), ("32/49", (32, 49)), ("0.75", (3, 4)), (1e-3, (1, 1000)), (Fraction(1, 3), (1, 3)), (1, (1, 1))],
+)
+def test_a_ratio_is_exactly_what_was_written(written, exact):
+    assert ratios.exact_ratio(written) == Fraction(*exact)
+
+
+@pytest.mark.parametrize("wrong", ["1/0", "a/b", "high", "", True, None, float("nan"), [0.5], "1/2/3", "9" * 30 + "/1"])
+def test_what_is_no_ratio(wrong):
+    with pytest.raises(ValueError, match="such as 32/49"):
+        ratios.exact_ratio(wrong)
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune", "linprobe"])

@@ -68,13 +68,13 @@ def make_parser(settings_class: type[Settings]) -> ArgumentParser:
     return parser
 
 
-def parse_options(pairs: list[str]) -> dict[str, Any]:
-    """`["delta_r=0.2", ...]` -> `{"delta_r": 0.2, ...}`; ValueError names a pair that is none."""
+def parse_options(pairs: list[str], flag: str = "masking_args") -> dict[str, Any]:
+    """Return `["delta_r=0.2", ...]` as `{"delta_r": 0.2, ...}`. ValueError names the `flag` and a pair that is none."""
     options = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
-            raise ValueError(f"--masking_args {pair}: write name=value, such as delta_r=0.15")
+            raise ValueError(f"--{flag} {pair}: write name=value, such as delta_r=0.15")
         options[name] = _number(value)
     return options
 

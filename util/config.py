@@ -3,65 +3,90 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from util.distributed import world
+from util.ratios import exact_ratio
+
+# The kinds of settings, in the order in which `--help` and `--print_config` show them. A run of which only settings of
+# the last two kinds change gives the same result, up to rounding.
+KINDS = {
+    "result": "What changes the result",
+    "speed": "What only makes it fast",
+    "display": "What only shows it: logs, checkpoints, and when a run gives up",
+}
 
 
-def option(default: Any, help: str, **keywords) -> Any:
-    """A dataclass field with its help text; a list default is copied for every instance."""
+def option(kind: str, default: Any, help: str, *, path: bool = False, pairs: bool = False) -> Any:
+    """Return a dataclass field of one of the `KINDS`.
+
+    Args:
+        kind: a key of `KINDS`.
+        default: a list is copied for every instance.
+        help: what `--help` says.
+        path: the value is a path, whose `~` is expanded.
+        pairs: the value is a list of name=value; the command line changes single entries of a file's.
+    """
+    metadata = {"kind": kind, "help": help, "path": path, "pairs": pairs}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata={"help": help, **keywords})
-    return dataclasses.field(default=default, metadata={"help": help, **keywords})
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+result, speed, display = (functools.partial(option, kind) for kind in KINDS)
 
 
 @dataclass
 class Settings:
-    """What all three tasks share. Groups: what changes the result, what only makes it fast, what only shows it."""
+    """What all three tasks share."""
 
-    # What changes the result
-    model: str = option("", "name of the architecture")
-    input_size: list[int] = option([], "image side in pixels, or height and width; default: the model's own")
-    patch_size: list[int] = option([], "patch side in pixels, or height and width; default: the model's own")
-    in_chans: int = option(3, "channels of the images: 1 grey, 3 RGB, 4 RGBA; others with --loader or wds")
-    dataset: str = option("folder", "folder, wds, hfds/NAME, torch/NAME, or digits (built in); see docs/DATA.md")
-    data_path: str | None = option(None, "folder with train/<class>/ and val/<class>/; pre-training takes any pictures")
-    max_bad_images: float = option(0.001, "share of the pictures that may be undecodable; more stop the run")
-    mean: list[float] = option([], "mean of each channel, of 0..1; default: ImageNet's for RGB, else 0.5")
-    std: list[float] = option([], "deviation of each channel; default: ImageNet's for RGB, else 0.5")
-    hflip: float = option(0.5, "probability of a horizontal flip")
-    batch_size: int = option(64, "images per process and micro-batch")
-    accum_iter: int | None = option(None, "micro-batches per optimizer step; follows from --effective_batch_size")
-    effective_batch_size: int | None = option(None, "images per optimizer step over all processes and micro-batches")
-    epochs: int = option(400, "length of the schedule")
-    warmup_epochs: float = option(40, "epochs of linear warm-up of the learning rate")
-    blr: float = option(1e-3, "base learning rate: lr = blr * effective batch / 256")
-    lr: float | None = option(None, "learning rate, overrides --blr")
-    min_lr: float = option(0.0, "learning rate at the end of the schedule")
-    weight_decay: float = option(0.05, "weight decay")
-    clip_grad: float | None = option(None, "largest norm of the gradient; default: no clipping")
-    max_skipped_steps: int = option(10, "steps in a row that may be skipped because loss or gradient is not finite")
-    seed: int = option(0, "of everything random")
-    resume: str | None = option(None, "checkpoint of the same task to continue from, unless --output_dir has its own")
-    # What only makes it fast
-    device: Literal["cuda", "cpu"] | None = option(None, "cuda or cpu; default: cuda where there is one")
-    amp: Literal["bf16", "fp16", "none"] | None = option(
+    model: str = result("", "name of the architecture")
+    input_size: list[int] = result([], "image side in pixels, or height and width; default: the model's own")
+    patch_size: list[int] = result([], "patch side in pixels, or height and width; default: the model's own")
+    in_chans: int = result(3, "channels of the images: 1 grey, 3 RGB, 4 RGBA; others with --loader or wds")
+    dataset: str = result("folder", "folder, wds, hfds/NAME, torch/NAME, or digits (built in); see docs/DATA.md")
+    data_path: str | None = result(
+        None, "folder with train/<class>/ and val/<class>/; pre-training takes any pictures", path=True
+    )
+    mean: list[float] = result([], "mean of each channel, of 0..1; default: ImageNet's for RGB, else 0.5")
+    std: list[float] = result([], "deviation of each channel; default: ImageNet's for RGB, else 0.5")
+    hflip: float = result(0.5, "probability of a horizontal flip")
+    batch_size: int = result(64, "images per process and micro-batch")
+    accum_iter: int | None = result(None, "micro-batches per optimizer step; follows from --effective_batch_size")
+    effective_batch_size: int | None = result(None, "images per optimizer step over all processes and micro-batches")
+    epochs: int = result(400, "length of the schedule")
+    warmup_epochs: float = result(40, "epochs of linear warm-up of the learning rate")
+    blr: float = result(1e-3, "base learning rate: lr = blr * effective batch / 256")
+    lr: float | None = result(None, "learning rate, overrides --blr")
+    min_lr: float = result(0.0, "learning rate at the end of the schedule")
+    weight_decay: float = result(0.05, "weight decay")
+    clip_grad: float | None = result(None, "largest norm of the gradient; default: no clipping")
+    amp: Literal["bf16", "fp16", "none"] | None = result(
         None, "autocast format; default: bf16 or fp16 on GPU, none on CPU"
     )
-    compile: bool = option(False, "torch.compile the model")
-    grad_checkpointing: bool = option(False, "compute activations again in the backward pass: less memory, more time")
-    channels_last: bool = option(False, "store the patch embedding channels last; slower on a CPU")
-    num_workers: int = option(10, "loader processes per training process")
-    pin_mem: bool = option(True, "page-locked host memory, for faster copies to a GPU")
-    dist_timeout: float = option(1800, "seconds after which a process that waits for the others gives up")
-    # What only shows it
-    output_dir: str = option("./output_dir", "folder for checkpoints, log.txt and config.yaml")
-    log_dir: str | None = option(None, "folder for TensorBoard; default: --output_dir")
-    print_freq: int = option(20, "optimizer steps between two lines of the log")
-    save_every_epochs: int | None = option(20, "epochs between two checkpoints that are kept; null keeps only the last")
-    save_every_minutes: float = option(10, "minutes between two writings of checkpoint-last.pth within an epoch")
-    keep_last: int | None = option(None, "how many checkpoint-{epoch}.pth stay; default: all")
+    seed: int = result(0, "of everything random")
+    resume: str | None = result(
+        None, "checkpoint of the same task to continue from, unless --output_dir has its own", path=True
+    )
+    device: Literal["cuda", "cpu"] | None = speed(None, "cuda or cpu; default: cuda where there is one")
+    compile: bool = speed(False, "torch.compile the model")
+    grad_checkpointing: bool = speed(False, "compute activations again in the backward pass: less memory, more time")
+    channels_last: bool = speed(False, "store the patch embedding channels last; slower on a CPU")
+    num_workers: int = speed(10, "loader processes per training process")
+    pin_mem: bool = speed(True, "page-locked host memory, for faster copies to a GPU")
+    output_dir: str = display("./output_dir", "folder for checkpoints, log.txt and config.yaml", path=True)
+    log_dir: str | None = display(None, "folder for TensorBoard; default: --output_dir", path=True)
+    print_freq: int = display(20, "optimizer steps between two lines of the log")
+    save_every_epochs: int | None = display(
+        20, "epochs between two checkpoints that are kept; null keeps only the last"
+    )
+    save_every_minutes: float = display(10, "minutes between two writings of checkpoint-last.pth within an epoch")
+    keep_last: int | None = display(None, "how many checkpoint-{epoch}.pth stay; default: all")
+    max_bad_images: float = display(0.001, "share of the pictures that may be undecodable; more stop the run")
+    max_skipped_steps: int = display(10, "steps in a row that may be skipped because loss or gradient is not finite")
+    dist_timeout: float = display(1800, "seconds after which a process that waits for the others gives up")
 
     def check(self) -> None:
         """ValueError, in one sentence with flag, value and remedy, for values that cannot work in any task."""
@@ -126,8 +151,20 @@ class Settings:
         return (value[0], value[-1]) if value else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values only, for checkpoints and config.yaml."""
-        return dataclasses.asdict(self)
+        """Return the values by name, plain ones only, for checkpoints and config.yaml."""
+        values = dataclasses.asdict(self)
+        return {name: values[name] for kind in KINDS for name in fields_of_kind(type(self), kind)}
+
+
+def fields_of_kind(settings_class: type[Settings], *kinds: str) -> dict[str, dataclasses.Field]:
+    """Return the fields of the given `KINDS` by name, in the order of their definition."""
+    fields = {field.name: field for field in dataclasses.fields(settings_class)}
+    return {name: field for name, field in fields.items() if field.metadata["kind"] in kinds}
+
+
+def names_of_kind(settings_class: type[Settings], *kinds: str) -> set[str]:
+    """Return the names of the settings of the given `KINDS`: `names_of_kind(PretrainSettings, "speed", "display")`."""
+    return set(fields_of_kind(settings_class, *kinds))
 
 
 def _divisor_hint(effective: int, world_size: int, batch_size: int) -> str:
@@ -141,24 +178,27 @@ def _divisor_hint(effective: int, world_size: int, batch_size: int) -> str:
 class PretrainSettings(Settings):
     """Settings of `main_pretrain.py`."""
 
-    model: str = option("mae_vit_large_patch16", "name of the architecture, see models_mae.py")
-    mask_ratio: float = option(0.75, "share of patches removed; under sbam_amr the base ratio")
-    masking: str = option("random", "random, sbam, sbam_amr, or your own as package.module:Class")
-    masking_args: list[str] = option([], "the strategy's own options as name=value, such as delta_r=0.15")
-    masking_warmup_epochs: int = option(0, "epochs of random masking before --masking begins")
-    norm_pix_loss: bool = option(False, "predict patches normalised by their own mean and deviation")
-    crop_scale: list[float] = option([0.2, 1.0], "range of the random crop's area over the image's")
-    exact_resize: bool = option(False, "crops bit for bit as torchvision makes them of PIL images; slower")
-    loader: str | None = option(None, "package.module:function, path -> array (H, W, C), for any channels and depth")
-    finetune: str | None = option(None, "checkpoint whose weights to start from, with a new optimizer and schedule")
-    # What only shows it
-    eval_every: int | None = option(None, "epochs between two looks at k-NN accuracy, effective rank and salience")
-    vis_every: int | None = option(None, "epochs between two pictures of masks and reconstructions, for TensorBoard")
+    model: str = result("mae_vit_large_patch16", "name of the architecture, see models_mae.py")
+    method: str = result("mae", "mae, or your own as package.module:Class")
+    method_args: list[str] = result([], "the method's own options as name=value", pairs=True)
+    mask_ratio: float | str = result(0.75, "share of patches removed, also as 32/49; under sbam_amr the base ratio")
+    masking: str = result("random", "random, sbam, sbam_amr, or your own as package.module:Class")
+    masking_args: list[str] = result([], "the strategy's own options as name=value, such as delta_r=0.15", pairs=True)
+    masking_warmup_epochs: int = result(0, "epochs of random masking before --masking begins")
+    norm_pix_loss: bool = result(False, "predict patches normalised by their own mean and deviation")
+    crop_scale: list[float] = result([0.2, 1.0], "range of the random crop's area over the image's")
+    exact_resize: bool = result(False, "crops bit for bit as torchvision makes them of PIL images; slower")
+    loader: str | None = result(None, "package.module:function, path -> array (H, W, C), for any channels and depth")
+    finetune: str | None = result(
+        None, "checkpoint whose weights to start from, with a new optimizer and schedule", path=True
+    )
+    eval_every: int | None = display(None, "epochs between two looks at k-NN accuracy, effective rank and salience")
+    vis_every: int | None = display(None, "epochs between two pictures of masks and reconstructions, for TensorBoard")
 
     def check(self) -> None:
         """As `Settings.check`, and what only pre-training has."""
         super().check()
-        if not 0 < self.mask_ratio < 1:
+        if not 0 < exact_ratio(self.mask_ratio, "--mask_ratio") < 1:
             raise ValueError(f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded")
         self._check_minimum(0, "masking_warmup_epochs")
         self._check_minimum(1, "eval_every", "vis_every")
@@ -185,15 +225,17 @@ def check_crop_scale(scale: list[float]) -> None:
 class SupervisedSettings(Settings):
     """What fine-tuning and linear probing share."""
 
-    finetune: str | None = option(None, "pre-trained checkpoint to start from")
-    nb_classes: int | None = option(None, "number of classes; default: the class folders of the training pictures")
-    global_pool: bool | None = option(None, "classify the mean of the patch tokens")
-    cls_token: bool = option(False, "classify the class token: the opposite of --global_pool")
-    crop_pct: float | None = option(None, "evaluation: centre crop over resized side; default: 0.875 up to 224 pixels")
-    crop_scale: list[float] = option([0.08, 1.0], "range of the random crop's area over the image's")
-    eval: bool = option(False, "only evaluate; needs --resume or --finetune")
-    dist_eval: bool = option(True, "share the validation images out over the processes; each is counted once")
-    save_every_epochs: int | None = option(None, "epochs between two checkpoints that are kept; default: only the last")
+    finetune: str | None = result(None, "pre-trained checkpoint to start from", path=True)
+    nb_classes: int | None = result(None, "number of classes; default: the class folders of the training pictures")
+    global_pool: bool | None = result(None, "classify the mean of the patch tokens")
+    cls_token: bool = result(False, "classify the class token: the opposite of --global_pool")
+    crop_pct: float | None = result(None, "evaluation: centre crop over resized side; default: 0.875 up to 224 pixels")
+    crop_scale: list[float] = result([0.08, 1.0], "range of the random crop's area over the image's")
+    eval: bool = result(False, "only evaluate; needs --resume or --finetune")
+    dist_eval: bool = speed(True, "share the validation images out over the processes; each is counted once")
+    save_every_epochs: int | None = display(
+        None, "epochs between two checkpoints that are kept; default: only the last"
+    )
 
     _pools_by_default: ClassVar[bool] = True
 
@@ -217,24 +259,24 @@ class SupervisedSettings(Settings):
 class FinetuneSettings(SupervisedSettings):
     """Settings of `main_finetune.py`."""
 
-    model: str = option("vit_large_patch16", "name of the architecture, see models_vit.py")
-    epochs: int = option(50, "length of the schedule")
-    warmup_epochs: float = option(5, "epochs of linear warm-up of the learning rate")
-    min_lr: float = option(1e-6, "learning rate at the end of the schedule, times each layer's scale")
-    layer_decay: float = option(0.75, "factor of the learning rate from each layer to the one below")
-    drop_path: float = option(0.1, "stochastic depth rate of the last block")
-    color_jitter: float | None = option(None, "colour jitter, only without --aa")
-    aa: str | None = option("rand-m9-mstd0.5-inc1", "timm's AutoAugment policy; null for none")
-    smoothing: float = option(0.1, "label smoothing")
-    reprob: float = option(0.25, "probability of random erasing")
-    remode: Literal["const", "rand", "pixel"] = option("pixel", "what random erasing fills in")
-    recount: int = option(1, "number of erased boxes")
-    mixup: float = option(0.0, "alpha of mixup; 0 for none")
-    cutmix: float = option(0.0, "alpha of cutmix; 0 for none")
-    cutmix_minmax: list[float] = option([], "smallest and largest side of the cutmix box, overrides --cutmix")
-    mixup_prob: float = option(1.0, "probability of mixup or cutmix")
-    mixup_switch_prob: float = option(0.5, "probability of cutmix where both are on")
-    mixup_mode: Literal["batch", "pair", "elem"] = option("batch", "mixup per batch, pair or element")
+    model: str = result("vit_large_patch16", "name of the architecture, see models_vit.py")
+    epochs: int = result(50, "length of the schedule")
+    warmup_epochs: float = result(5, "epochs of linear warm-up of the learning rate")
+    min_lr: float = result(1e-6, "learning rate at the end of the schedule, times each layer's scale")
+    layer_decay: float = result(0.75, "factor of the learning rate from each layer to the one below")
+    drop_path: float = result(0.1, "stochastic depth rate of the last block")
+    color_jitter: float | None = result(None, "colour jitter, only without --aa")
+    aa: str | None = result("rand-m9-mstd0.5-inc1", "timm's AutoAugment policy; null for none")
+    smoothing: float = result(0.1, "label smoothing")
+    reprob: float = result(0.25, "probability of random erasing")
+    remode: Literal["const", "rand", "pixel"] = result("pixel", "what random erasing fills in")
+    recount: int = result(1, "number of erased boxes")
+    mixup: float = result(0.0, "alpha of mixup; 0 for none")
+    cutmix: float = result(0.0, "alpha of cutmix; 0 for none")
+    cutmix_minmax: list[float] = result([], "smallest and largest side of the cutmix box, overrides --cutmix")
+    mixup_prob: float = result(1.0, "probability of mixup or cutmix")
+    mixup_switch_prob: float = result(0.5, "probability of cutmix where both are on")
+    mixup_mode: Literal["batch", "pair", "elem"] = result("batch", "mixup per batch, pair or element")
 
     @property
     def mixes(self) -> bool:
@@ -262,12 +304,12 @@ class FinetuneSettings(SupervisedSettings):
 class LinprobeSettings(SupervisedSettings):
     """Settings of `main_linprobe.py`."""
 
-    model: str = option("vit_large_patch16", "name of the architecture, see models_vit.py")
-    batch_size: int = option(512, "images per process and micro-batch")
-    epochs: int = option(90, "length of the schedule")
-    warmup_epochs: float = option(10, "epochs of linear warm-up of the learning rate")
-    blr: float = option(0.1, "base learning rate: lr = blr * effective batch / 256")
-    weight_decay: float = option(0.0, "weight decay of LARS")
+    model: str = result("vit_large_patch16", "name of the architecture, see models_vit.py")
+    batch_size: int = result(512, "images per process and micro-batch")
+    epochs: int = result(90, "length of the schedule")
+    warmup_epochs: float = result(10, "epochs of linear warm-up of the learning rate")
+    blr: float = result(0.1, "base learning rate: lr = blr * effective batch / 256")
+    weight_decay: float = result(0.0, "weight decay of LARS")
 
     _pools_by_default: ClassVar[bool] = False
 

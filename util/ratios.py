@@ -1,24 +1,31 @@
-"""Ratios in exact arithmetic, as the user wrote them."""
+"""Ratios as people write them, as exact fractions."""
 
 from __future__ import annotations
 
-import math
+import re
 from fractions import Fraction
 
+_FRACTION = re.compile(r"\s*(\d{1,18})\s*/\s*(\d{1,18})\s*", re.ASCII)
 
-def exact_ratio(value: float | int | str | Fraction) -> Fraction:
-    """Return the number that the user wrote: 0.7 is 7/10, not the nearest binary number; "32/49" is exact.
+
+def exact_ratio(value: float | str | Fraction, name: str = "ratio") -> Fraction:
+    """Return the number that the user wrote, exactly: 0.7 is 7/10, "32/49" is 32/49.
+
+    Args:
+        value: a number, or text that is a decimal or a fraction of two whole numbers.
+        name: what the message calls it.
 
     Raises:
-        ValueError: not a finite number, or a fraction that divides by zero.
+        ValueError: it is none of these.
     """
     if isinstance(value, Fraction):
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError(f"{value!r} is not a number")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{value!r} is not a finite number")
+    fraction = _FRACTION.fullmatch(value) if isinstance(value, str) else None
     try:
-        return Fraction(str(value).replace(" ", ""))
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{value!r} is not a number; write 0.65 or a fraction such as 32/49") from error
+        if fraction:
+            return Fraction(int(fraction[1]), int(fraction[2]))
+        if not isinstance(value, bool):
+            return Fraction(repr(float(value)))  # the shortest decimal that is this float: what was written
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+        pass
+    raise ValueError(f"{name} {value}: must be a number, such as 0.75, or a fraction, such as 32/49")

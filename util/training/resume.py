@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from util.config import Settings
+from util.config import Settings, names_of_kind
 from util.data.datasets import ImageSet
 from util.data.step_loader import StepPlan
 from util.training import checkpoint
@@ -16,11 +16,9 @@ from util.training import checkpoint
 # What a parameter group takes from the command line even when it continues a checkpoint.
 _OWN_OPTIONS = {"weight_decay", "lr_scale", "fused", "foreach"}
 
-# Settings that may differ when a run continues, and leave its result as it is.
-_RESULT_STAYS = {"batch_size", "accum_iter", "effective_batch_size", "device", "compile", "grad_checkpointing"}
-_RESULT_STAYS |= {"channels_last", "num_workers", "pin_mem", "dist_timeout", "output_dir", "log_dir", "print_freq"}
-_RESULT_STAYS |= {"save_every_epochs", "save_every_minutes", "keep_last", "resume", "finetune", "max_skipped_steps"}
-_RESULT_STAYS |= {"max_bad_images", "eval_every", "vis_every", "dist_eval"}
+# Settings that change the result, but not that of a run that continues: what it starts from is not read again, and the
+# effective batch is compared as a whole.
+_NOT_COMPARED = {"resume", "finetune", "batch_size", "accum_iter", "effective_batch_size"}
 
 
 def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan, images: ImageSet) -> dict:
@@ -102,7 +100,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def changed_settings(content: dict, settings: Settings) -> list[str]:
-    """What a continued run does otherwise than before: `--name old -> new`, of what changes the result."""
+    """Return what a continued run does otherwise than before: `--name old -> new`, of what changes the result."""
     before, now = checkpoint.arguments(content), settings.as_dict()
-    names = [name for name in now if name in before and name not in _RESULT_STAYS and before[name] != now[name]]
+    compared = names_of_kind(type(settings), "result") & before.keys() - _NOT_COMPARED
+    names = [name for name in now if name in compared and before[name] != now[name]]
     return [f"--{name} {before[name]} -> {now[name]}" for name in names]
