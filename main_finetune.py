@@ -15,7 +15,7 @@ import models_vit
 from util import cli, optim, terminal
 from util.config import FinetuneSettings
 from util.data import transforms
-from util.training import run
+from util.training.context import Context
 from util.training.inputs import Inputs, find_start, open_inputs
 
 
@@ -31,31 +31,30 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_on_user_error():
         inputs = open_inputs(settings, build, multiple)
         make_transform(settings, (32, 32))
-    with run.Run.start(settings, lambda: find_start(settings, inputs, build, multiple)) as job:
-        train(job, inputs, build)
+    with Context.start(settings, lambda: find_start(settings, inputs, build, multiple)) as context:
+        train(context, inputs, build)
 
 
-def train(job: run.Run, inputs: Inputs, build: Callable[..., VisionTransformer]) -> None:
+def train(context: Context, inputs: Inputs, build: Callable[..., VisionTransformer]) -> None:
     """Build the model and the optimizer, and train, or only evaluate."""
-    settings = job.settings
+    settings = context.settings
     model = build(inputs.num_classes)
     models_vit.init_finetune_head(model)
     if inputs.weights is not None:
         model.load_state_dict(inputs.weights, strict=False)
-    job.place(model)
+    context.place(model)
     if settings.eval:
-        engine_finetune.evaluate_only(job, inputs, model)
+        engine_finetune.evaluate_only(context, inputs, model)
         return
     mean, std = engine_finetune.statistics(settings)
-    task = engine_finetune.Task(
-        model=model,
-        optimizer=optim.finetune_adamw(model, settings.weight_decay, settings.layer_decay, job.device),
-        transform=make_transform(settings, model.patch_embed.img_size),
-        prepare=make_prepare(settings, inputs.num_classes, transforms.Normalize(mean, std).to(job.device), job.device),
+    method = engine_finetune.Classification(
+        model,
+        make_transform(settings, model.patch_embed.img_size),
+        make_prepare(settings, inputs.num_classes, transforms.Normalize(mean, std).to(context.device), context.device),
         smoothing=0.0 if settings.mixes else settings.smoothing,  # with mixup it is in the targets
-        multiple=2 if settings.mixes else 1,
     )
-    engine_finetune.fit(job, inputs, task)
+    optimizer = optim.finetune_adamw(model, settings.weight_decay, settings.layer_decay, context.device)
+    engine_finetune.fit(context, inputs, method, optimizer, multiple=2 if settings.mixes else 1)
 
 
 def make_transform(settings: FinetuneSettings, size: tuple[int, int]) -> Callable:

@@ -270,7 +270,21 @@ def check(
     """
     check_needs(strategy, offers, giver)
     grid = grid or (math.isqrt(num_tokens), num_tokens // max(math.isqrt(num_tokens), 1))
-    blank = {
+    with torch.device("cpu"):  # also where a model is only being built on the meta device
+        tokens, noise = torch.zeros(1, num_tokens, embed_dim), torch.linspace(0, 0.999, num_tokens)[None]
+        try:
+            result = call(strategy, tokens, noise, **_blank(num_tokens, grid))
+        except ValueError:
+            raise
+        except Exception as error:  # a user's own code may fail in any way
+            raise ValueError(f"the masking strategy failed on blank tokens: {type(error).__name__}: {error}") from error
+    if not isinstance(result, Mask):
+        raise ValueError(f"the masking strategy returned {type(result).__name__}; it must return masking.Mask")
+
+
+def _blank(num_tokens: int, grid: tuple[int, int]) -> dict:
+    """Return all that a strategy may need, of one image without content."""
+    return {
         "grid": grid,
         "progress": 0.0,
         "attention": torch.full((1, 1, num_tokens), 1 / num_tokens),
@@ -278,12 +292,3 @@ def check(
         "boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0]]),
         "patch_loss": torch.zeros(1, num_tokens),
     }
-    tokens, noise = torch.zeros(1, num_tokens, embed_dim), torch.linspace(0, 0.999, num_tokens)[None]
-    try:
-        result = call(strategy, tokens, noise, **blank)
-    except ValueError:
-        raise
-    except Exception as error:  # a user's own code may fail in any way
-        raise ValueError(f"the masking strategy failed on blank tokens: {type(error).__name__}: {error}") from error
-    if not isinstance(result, Mask):
-        raise ValueError(f"the masking strategy returned {type(result).__name__}; it must return masking.Mask")

@@ -16,10 +16,12 @@ from torch import nn
 
 import masking
 import models_mae
-from util import cli
+from util import cli, seeding
 from util.config import PretrainSettings
 from util.data import transforms
+from util.data.step_loader import MicroBatch
 from util.registry import Registry
+from util.training import strategy_state
 from util.training.averages import Averages
 from util.training.step import At, Loss
 
@@ -101,7 +103,7 @@ class Method(nn.Module):
         self.model = model
         object.__setattr__(self, "strategy", strategy)  # no submodule, whatever it is
         self.views: Callable | None = None
-        self.normalize: transforms.Normalize | None = None
+        self.set_normalize(None)
         self.masking_warmup_epochs = 0
         self._warmup: masking.base.Strategy | None = None
 
@@ -115,22 +117,43 @@ class Method(nn.Module):
         model, strategy = build_model(settings), create_strategy(settings)
         check_strategy(strategy, model, cls.offers, f"--method {settings.method}")
         method = _REGISTRY.call(settings.method, cls, options, (model, strategy))
+        model.set_masking(strategy)
         method.masking_warmup_epochs = settings.masking_warmup_epochs
         method._warmup = masking.create("random", mask_ratio=settings.mask_ratio)
         size, scale = model.patch_embed.img_size, tuple(settings.crop_scale)
         method.views = transforms.pretrain_transform(size, scale, settings.hflip, settings.exact_resize)
-        method.normalize = transforms.Normalize(*channel_statistics(settings))
+        method.set_normalize(transforms.Normalize(*channel_statistics(settings)))
         return method
 
-    def inputs(self, batch: list[torch.Tensor], noise: torch.Tensor, index: torch.Tensor) -> Inputs:
-        """Normalise on the device what `views` made of the pictures in the workers.
+    def set_normalize(self, normalize: transforms.Normalize) -> None:
+        """Prepare pixels with `normalize` from now on. It is no submodule: it belongs to the settings."""
+        object.__setattr__(self, "normalize", normalize)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute the activations of the model's blocks again in the backward pass."""
+        self.model.set_grad_checkpointing(enable)
+
+    def compile_parts(self) -> None:
+        """Compile what is worth it: the blocks and the loss; flip, conversion and normalisation in one pass."""
+        self.model.compile_blocks()
+        self.normalize.compile(dynamic=True)
+
+    def inputs(self, micro_batch: MicroBatch, seed: int, device: torch.device) -> Inputs:
+        """Put a micro-batch on the device: normalised views, and what the masks draw.
 
         Args:
-            batch: the collated tuples of `views`, on the device; here pixels (N, H, W, C) uint8 and flips (N,) bool.
-            noise, index: as in `Inputs`.
+            micro_batch: collated `views`, on the host; here pixels (N, H, W, C) uint8 and flips (N,) bool.
+            seed: of the run.
+            device: where to.
         """
-        pixels, flips = batch
-        return Inputs([self.normalize(pixels.permute(0, 3, 1, 2).contiguous(), flips)], noise, index)
+        pixels, flips = (tensor.to(device, non_blocking=True) for tensor in micro_batch.batch[0])
+        images = self.normalize(pixels.permute(0, 3, 1, 2).contiguous(), flips)
+        return Inputs([images], self.noise(micro_batch, seed, device), torch.tensor(micro_batch.indices))
+
+    def noise(self, micro_batch: MicroBatch, seed: int, device: torch.device) -> torch.Tensor:
+        """Draw U[0, 1) for each token of a micro-batch: (N, L), a function of (seed, step, place in the step)."""
+        places, size = micro_batch.places, micro_batch.step_size
+        return seeding.step_noise(seed, micro_batch.step, places, size, self.model.patch_embed.num_patches, device)
 
     def strategy_at(self, at: At) -> masking.base.Strategy:
         """Return the strategy of this step: random masking during the warm-up."""
@@ -198,7 +221,8 @@ def check_strategy(
 ) -> None:
     """ValueError if `strategy` cannot mask the images of `model`, or needs what is not among `offers`."""
     grid, width = model.patch_embed.grid_size, model.cls_token.shape[-1]
-    masking.check(strategy, model.patch_embed.num_patches, width, grid=grid, offers=offers, giver=giver)
+    with strategy_state.unchanged(strategy):
+        masking.check(strategy, model.patch_embed.num_patches, width, grid=grid, offers=offers, giver=giver)
 
 
 def channel_statistics(settings: PretrainSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -107,5 +107,5 @@ def test_needs_that_are_not_given_or_unknown_are_named():
     with pytest.raises(ValueError, match="--masking OnGrid: needs progress, which this method does not give"):
         masking.check(strategy, 16, grid=(2, 8), offers=("grid",))
     strategy.needs = {"gird"}
-    with pytest.raises(ValueError, match="needs 'gird' .did you mean 'grid'"):
+    with pytest.raises(ValueError, match=r"needs 'gird' .did you mean 'grid'"):
         masking.check(strategy, 16)

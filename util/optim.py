@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 
-def pretrain_adamw(model: nn.Module, weight_decay: float, device: torch.device) -> torch.optim.AdamW:
-    """AdamW of pre-training: betas (0.9, 0.95); biases and other 1-D tensors are not decayed, the tokens are."""
-    groups = param_groups_weight_decay(model, weight_decay)
+def pretrain_adamw(groups: list[dict], device: torch.device) -> torch.optim.AdamW:
+    """Return AdamW of pre-training over parameter groups: betas (0.9, 0.95)."""
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
 
 

@@ -12,7 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 from util.config import SupervisedSettings
 from util.data import transforms
 from util.data.datasets import ImageSet, open_labelled
-from util.training import checkpoint, resume, run
+from util.training import checkpoint, resume
+from util.training.context import step_plan
 
 
 @dataclass
@@ -51,7 +52,7 @@ def open_inputs(settings: SupervisedSettings, build: Build, multiple: int = 1) -
     with torch.device("meta"):
         model = build(num_classes, True)
     if train is not None:
-        run.step_plan(settings, len(train), multiple)
+        step_plan(settings, len(train), multiple)
         return Inputs(train, val, num_classes)
     state = checkpoint.model_state(content, start)
     checkpoint.check_state(start, model, state)
@@ -74,7 +75,7 @@ def find_start(settings: SupervisedSettings, inputs: Inputs, build: Build, multi
     if start == settings.finetune and not settings.resume:
         inputs.weights = _fit(start, content, bare)
         return None
-    plan = run.step_plan(settings, len(inputs.train), multiple)
+    plan = step_plan(settings, len(inputs.train), multiple)
     return resume.check(start, content, model, plan, inputs.train)
 
 

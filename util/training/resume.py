@@ -86,6 +86,18 @@ def steps_into_epoch(content: dict, steps_per_epoch: int) -> int:
     return max(0, content.get("step", 0) - done * content.get("steps_per_epoch", steps_per_epoch))
 
 
+def load_side_state(method: nn.Module, content: dict) -> None:
+    """Restore what a method keeps outside its model: teacher, centres, heads. ValueError: it does not fit."""
+    saved = content.get("method") or {}
+    difference = checkpoint.describe_difference(method.side_state(), saved)
+    if difference:
+        raise ValueError(
+            f"{content['path']}: the state of its method is not that of this --method: {difference}; use the method it "
+            "was trained with, or start from its weights with --finetune and another --output_dir"
+        )
+    method.load_side_state(saved)
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Continue with `state`, but with this command's own options. ValueError: it is of other groups."""
     groups = state["param_groups"]

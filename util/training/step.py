@@ -55,12 +55,14 @@ class StepOutcome:
         loss: this process's part of the objective, 0-dim; the parts of all processes sum to it.
         norm: of the gradient, before clipping, 0-dim; 0 where the step was skipped.
         skipped: 0-dim bool, the same on all processes: loss or gradient was not finite, so nothing was changed.
+        skipped_in_a_row: 0-dim, the longest series of skipped steps so far in this process's life.
     """
 
     images: int
     loss: torch.Tensor
     norm: torch.Tensor
     skipped: torch.Tensor
+    skipped_in_a_row: torch.Tensor
 
     def counted(self, value: torch.Tensor | float) -> torch.Tensor:
         """Return `value`, or 0 where the step was skipped, so that a mean leaves it out."""
@@ -189,18 +191,15 @@ class GradientStep:
         self.optimizer.zero_grad(set_to_none=True)
         self._in_a_row = (self._in_a_row.to(norm.device) + 1) * skipped
         self._most_in_a_row = torch.maximum(self._most_in_a_row.to(norm.device), self._in_a_row)
-        return StepOutcome(images, objective.detach(), torch.where(skipped, 0.0, norm), skipped)
-
-    @property
-    def most_skipped_in_a_row(self) -> int:
-        """Return the longest series of skipped steps so far. The host waits for the device."""
-        return int(self._most_in_a_row)
+        norm = torch.where(skipped, 0.0, norm)
+        return StepOutcome(images, objective.detach(), norm, skipped, self._most_in_a_row)
 
     def _step_unless(self, skipped: torch.Tensor, gradients: list[torch.Tensor], factor: torch.Tensor) -> None:
         """Step on `gradients` times `factor`, unless `skipped`, without the host waiting to know.
 
-        Fused kernels (and our LARS) take two tensors of GradScaler's: gradients are divided by `grad_scale`, and nothing
-        changes, moments included, where `found_inf` is 1. So clipping and skipping cost no pass over the gradients.
+        Fused kernels (and our LARS) read two tensors that GradScaler would set: they divide the gradients by
+        `grad_scale`, and change nothing, moments included, where `found_inf` is 1. So clipping and skipping cost no
+        pass over the gradients.
         """
         reads_flags = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         if reads_flags and not self.scaler.is_enabled():
