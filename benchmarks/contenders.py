@@ -9,15 +9,14 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-import engine_pretrain
 import masking
 import models_mae
 from benchmarks.measure import optimizer_tensors
 from masking import Mask
+from methods import MAE, At, Inputs
 from util import optim, precision
-from util.data.step_loader import MicroBatch
 from util.training.averages import Averages
-from util.training.step import GradientStep
+from util.training.step import GradientStep, train_step
 
 
 @dataclass
@@ -90,32 +89,30 @@ class Ours:
         if padded:
             bare.__class__ = PaddedMAE
         self.model = bare.to(device).train()
+        self.method = MAE(self.model)
         if compiled:
             self.model.compile_blocks()
-        self.optimizer = optim.pretrain_adamw(self.model, 0.05, device)
+        self.optimizer = optim.pretrain_adamw(self.method.parameter_groups(0.05), device)
         for group in self.optimizer.param_groups:
             group["lr"] = 1e-5
         scaler = precision.grad_scaler(amp, device)
-        self.update = GradientStep(self.model, self.optimizer, scaler, nominal_count=1000.0)
+        self.update = GradientStep(self.method, self.optimizer, scaler)
         self.averages, self.amp = Averages(device), amp
 
     def contender(self, images: torch.Tensor, strategy: masking.base.Strategy) -> Contender:
         """The step on `images` (N, C, H, W) with `strategy`."""
         found = Contender(lambda: None, lambda: optimizer_tensors(self.model, self.optimizer))
 
-        def watched(tokens: torch.Tensor, noise: torch.Tensor | None = None) -> Mask:
-            mask = strategy(tokens, noise=noise)
+        def watched(tokens: torch.Tensor, noise: torch.Tensor | None = None, **needed) -> Mask:
+            mask = strategy(tokens, noise=noise, **needed)
             found.keep_lengths = list(mask.keep_lengths or (mask.ids_keep.shape[1],) * len(tokens))
             return mask
 
-        watched.reads_tokens = getattr(strategy, "reads_tokens", True)
+        watched.reads_tokens, watched.needs = masking.reads_tokens(strategy), masking.base.needs(strategy)
 
         def step() -> None:
-            self.model.set_masking(watched)
-            whole = MicroBatch([images], True, 0, range(len(images)), len(images), [])
-            engine_pretrain.train_step(
-                self.model, [whole], self.update, self.averages, lambda micro: tuple(micro.batch), self.amp
-            )
+            self.method.strategy = watched
+            train_step(self.method, [Inputs([images])], At(0, 0.0, 1), self.update, self.averages, self.amp)
 
         found.step = step
         return found

@@ -30,9 +30,9 @@ def injected(faults: list[dict]) -> Iterator[None]:
     """The model's forward pass, or the monitors, have these faults."""
     look = [fault for fault in faults if "look" in fault]
     faults = [fault for fault in faults if "look" not in fault]
-    original, count = models_mae.MaskedAutoencoderViT.forward, 0
+    original, count = models_mae.MaskedAutoencoderViT.forward_masked, 0
 
-    def forward(self, images, noise=None):
+    def forward(self, images, mask):
         nonlocal count
         number, count, factor = count, count + 1, 1.0
         for fault in faults:
@@ -55,8 +55,8 @@ def injected(faults: list[dict]) -> Iterator[None]:
                     Path(fault["path"]).unlink()
                 else:
                     os.kill(os.getpid(), getattr(signal, fault["kind"]))
-        loss, pred, mask = original(self, images, noise)
-        return loss * factor, pred, mask
+        loss, pred = original(self, images, mask)
+        return loss * factor, pred
 
     extract, numbers = features.extract_features, itertools.count()
 
@@ -69,11 +69,11 @@ def injected(faults: list[dict]) -> Iterator[None]:
                 time.sleep(60)
         return extract(*args, **options)
 
-    models_mae.MaskedAutoencoderViT.forward, features.extract_features = forward, extract_slowly
+    models_mae.MaskedAutoencoderViT.forward_masked, features.extract_features = forward, extract_slowly
     try:
         yield
     finally:
-        models_mae.MaskedAutoencoderViT.forward, features.extract_features = original, extract
+        models_mae.MaskedAutoencoderViT.forward_masked, features.extract_features = original, extract
 
 
 def fill(path: Path) -> None:

@@ -1,25 +1,26 @@
-"""One optimizer step of every strategy on a fixed global batch of 12 images, with or without torchrun.
+"""One optimizer step of every strategy and two methods on a fixed global batch of 12 images, with or without torchrun.
 
 Run by test_distributed.py. Usage: step_worker.py ACCUM_ITER[,ACCUM_ITER...] OUTPUT
 """
 
 import sys
+from dataclasses import replace
 
 import torch
 from helpers import tiny_mae, varied_images
 
-import engine_pretrain
 import masking
-from util.data.step_loader import MicroBatch
+from methods import MAE, At, Inputs, Loss, Plan
 from util.distributed import world
 from util.training.averages import Averages
-from util.training.step import GradientStep
+from util.training.step import GradientStep, train_step
 
 
 def main(accum_iters: str, output: str) -> None:
     device = world.init("cpu")
     results = {
-        (strategy, int(accum_iter)): one_step(strategy, int(accum_iter), device)
+        (name, strategy, int(accum_iter)): one_step(name, strategy, int(accum_iter), device)
+        for name in METHODS
         for strategy in masking.available()
         for accum_iter in accum_iters.split(",")
     }
@@ -28,39 +29,55 @@ def main(accum_iters: str, output: str) -> None:
     world.finish()
 
 
-def one_step(strategy: str, accum_iter: int, device: torch.device) -> dict:
-    torch.manual_seed(0)
-    bare = tiny_mae(norm_pix_loss=True, masking=masking.create(strategy))
-    model = world.wrap(bare, device, accumulates=accum_iter > 1)
-    images, noise = varied_images(13)[1:], torch.rand(12, 64)
-    share = list(
-        zip(images[world.rank() :: world.world_size()], noise[world.rank() :: world.world_size()], strict=True)
-    )
-    size = -(-len(share) // accum_iter)
-    parts = [share[i : i + size] for i in range(0, len(share), size)]
-    batches = [
-        MicroBatch([torch.stack(t) for t in zip(*part, strict=True)], part is parts[-1], 0, range(0), 12, [])
-        for part in parts
-    ]
+class TwoTerms(MAE):
+    """MAE with a second term, counted in images: the class token's mean square over the images it is computed for.
 
-    optimizer = torch.optim.SGD([p for p in bare.parameters() if p.requires_grad], lr=0.0)
-    update = Keep(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), nominal_count=1000.0)
-    averages = Averages(device)
-    outcome = engine_pretrain.train_step(model, batches, update, averages, lambda micro: tuple(micro.batch))
-    loss, _, mask = bare(images, noise)
+    Its denominator differs from the first one's, so a mean of means would be off wherever counts differ.
+    """
+
+    def choose(self, inputs: Inputs, at: At) -> Plan:
+        plan = super().choose(inputs, at)
+        chosen = plan.mask.num_keep > 20  # another share of images in every micro-batch
+        return replace(plan, counts=plan.counts | {"class_token": chosen.sum()}, extra={"chosen": chosen})
+
+    def forward(self, inputs: Inputs, plan: Plan, at: At) -> dict[str, Loss]:
+        losses = super().forward(inputs, plan, at)
+        token = self.model.encode(self.model.embed(inputs.views[0]), None)[:, 0]  # (N, D)
+        squares = token.square().mean(dim=1) * plan.extra["chosen"]
+        return losses | {"class_token": Loss(0.3 * squares.sum(), plan.counts["class_token"])}
+
+
+METHODS = {"mae": MAE, "two terms": TwoTerms}
+
+
+def one_step(name: str, strategy: str, accum_iter: int, device: torch.device) -> dict:
+    torch.manual_seed(0)
+    method = METHODS[name](tiny_mae(norm_pix_loss=True), masking.create(strategy))
+    forward = world.wrap(method, device, accumulates=accum_iter > 1)
+    images, noise = varied_images(13)[1:], torch.rand(12, 64)
+    mine = slice(world.rank(), None, world.world_size())
+    shares = zip(images[mine].tensor_split(accum_iter), noise[mine].tensor_split(accum_iter), strict=True)
+    batches = [Inputs([part], drawn) for part, drawn in shares]
+
+    optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.0)
+    update, averages = Keep(forward, optimizer, torch.amp.GradScaler("cpu", enabled=False)), Averages(device)
+    outcome = train_step(method, batches, At(0, 0.0, 1), update, averages, "none")
+    whole = Inputs([images], noise)
+    plan = method.choose(whole, At(0, 0.0, 1))
+    losses = method(whole, plan, At(0, 0.0, 1))
     return {
         "loss": torch.tensor(averages.read()["loss"], dtype=torch.float64),
-        "whole_batch_loss": loss.detach().double(),
+        "whole_batch_loss": sum(loss.sum / loss.count for loss in losses.values()).detach().double(),
         "norm": outcome.norm,
-        "gradients": {name: p.kept for name, p in bare.named_parameters() if p.requires_grad},
-        "kept": mask.sum(1).tolist(),
+        "gradients": {name: p.kept for name, p in method.named_parameters() if p.requires_grad},
+        "kept": plan.mask.num_keep.tolist(),
     }
 
 
 class Keep(GradientStep):
     """Keeps the final gradients, which a step clears."""
 
-    def apply(self, *arguments):
+    def apply(self, *arguments, **named):
         step = self.optimizer.step
 
         def keep_and_step():
@@ -69,7 +86,7 @@ class Keep(GradientStep):
             return step()
 
         self.optimizer.step = keep_and_step
-        return super().apply(*arguments)
+        return super().apply(*arguments, **named)
 
 
 if __name__ == "__main__":

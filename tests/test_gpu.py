@@ -9,11 +9,11 @@ from test_packing import LENGTHS, each_alone
 
 import masking
 import models_mae
+from methods import MAE, At, Inputs
 from util import optim, precision
-from util.data.step_loader import MicroBatch
 from util.packing import PackedLayout, packed_attention
 from util.training.averages import Averages
-from util.training.step import GradientStep
+from util.training.step import GradientStep, train_step
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda")
@@ -101,17 +101,15 @@ def _gradients(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("name", "waits"), [("random", 0), ("sbam", 0), ("sbam_amr", 1)])
 def test_a_training_step_never_makes_the_host_wait(name, waits):
-    """Under AMR once: the number of packed tokens is a shape."""
-    from engine_pretrain import train_step
-
+    """Under AMR once a micro-batch: the number of packed tokens is a shape."""
     model, images = base_model(name, depth=2, decoder_depth=1), photographs(8).to(GPU)
-    optimizer = optim.pretrain_adamw(model, 0.05, GPU)
-    update = GradientStep(model, optimizer, precision.grad_scaler("bf16", GPU), 1000.0)
-    averages = Averages(GPU)
+    method = MAE(model, masking.create(name))
+    optimizer = optim.pretrain_adamw(method.parameter_groups(0.05), GPU)
+    update = GradientStep(method, optimizer, precision.grad_scaler("bf16", GPU))
+    averages, halves = Averages(GPU), [Inputs([images], torch.rand(8, 196, device=GPU)) for _ in range(2)]
 
     def step() -> None:
-        halves = [MicroBatch([images], last, 0, range(8), 16, []) for last in (False, True)]
-        train_step(model, halves, update, averages, lambda micro: tuple(micro.batch), "bf16")
+        train_step(method, halves, At(0, 0.0, 1), update, averages, "bf16")
 
     step()
     torch.cuda.synchronize()
