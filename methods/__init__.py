@@ -2,5 +2,19 @@
 
 from methods.base import At, Inputs, Loss, Method, Plan, available, create, from_settings, register
 from methods.mae import MAE
+from methods.teacher import follow, teacher_of
 
-__all__ = ["MAE", "At", "Inputs", "Loss", "Method", "Plan", "available", "create", "from_settings", "register"]
+__all__ = [
+    "MAE",
+    "At",
+    "Inputs",
+    "Loss",
+    "Method",
+    "Plan",
+    "available",
+    "create",
+    "follow",
+    "from_settings",
+    "register",
+    "teacher_of",
+]

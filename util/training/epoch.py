@@ -103,6 +103,10 @@ class Job:
             yield Step(at, micro_batches, now.window, self)
         self.averages = now.total
 
+    def after(self, epoch: int) -> At:
+        """Return where the run stands after the steps of `epoch`."""
+        return At((epoch + 1) * len(self.loader), epoch + 1.0, self.context.settings.epochs)
+
     def means(self) -> dict[str, float]:
         """Return the means of the last whole epoch over all processes."""
         return _read(self.averages, len(self.loader)) | {"bad_images": self._bad.collect(self.context.device)}

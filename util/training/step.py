@@ -100,7 +100,7 @@ def train_step(
         sums = {name: sums[name] + loss.sum.detach() for name, loss in losses.items()}
         plan.log(averages)
     method.on_gradients(at)
-    outcome = update.apply(objective, images=sum(len(inputs.views[0]) for inputs in batches))
+    outcome = update.apply(objective, sum(len(inputs.views[0]) for inputs in batches))
     method.after_step(at, ~outcome.skipped)
     _log_losses(averages, outcome, sums, [plan.counts for plan in plans])
     return outcome
