@@ -32,7 +32,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from util import cli
-from util.data import datasets
+from util.data import datasets, decode
 from util.data.datasets import ImageSet
 from util.data.resized_writer import BAD, ResizedWriter
 from util.data.statistics import channel_sums
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
             (print_statistics if arguments.stats else resize)(arguments)
         return
     except OSError as error:  # a bad image raises none here
-        reason = f"{arguments.destination}: cannot be written ({error}); make room there, or let it be writable, and"
+        reason = f"{arguments.destination or arguments.source}: cannot be read or written ({error}); mend that and"
     except BrokenProcessPool:
         reason = "a worker was killed, perhaps for the memory that it took; choose fewer --workers and"
     sys.exit(f"prepare_data.py: error: {reason} run the same again: it goes on where it was")
@@ -79,6 +79,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("the destination is missing")
     if arguments.loader and not arguments.stats:
         parser.error(f"--loader {arguments.loader}: its arrays have no image format; it is only for --stats")
+    if arguments.in_chans not in decode.MODES and not arguments.stats:
+        parser.error(f"--in_chans {arguments.in_chans}: images are written with 1, 3 or 4 channels")
     for name, value in vars(arguments).items():
         if type(value) is int and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
@@ -97,7 +99,7 @@ def resize(arguments: argparse.Namespace) -> None:
         print_left_out(Path(arguments.source), splits)
     destination = Path(arguments.destination)
     options = {name: getattr(arguments, name) for name in ("short_side", "long_side", "quality", "pixels")}
-    with locked(destination, Path(arguments.source)):
+    with locked(destination, arguments.source):
         source = f"{arguments.dataset} {arguments.source}"
         writer = ResizedWriter(destination, source, splits, arguments.per_shard, **options)
         writer.begin()
@@ -144,17 +146,17 @@ def open_splits(arguments: argparse.Namespace) -> dict[str, ImageSet]:
 def print_left_out(root: Path, splits: dict[str, ImageSet]) -> None:
     """Print how many images lie beside the folders of the classes."""
     for place in (root / split for split, images in splits.items() if images.classes):
-        if loose := sum(entry.name.lower().endswith(IMG_EXTENSIONS) and entry.is_file() for entry in place.iterdir()):
+        if loose := sum(path.suffix.lower() in IMG_EXTENSIONS and path.is_file() for path in place.glob("[!.]*")):
             print(f"{place}: {loose} images beside the folders of the classes are left out")
 
 
-def locked(destination: Path, source: Path) -> contextlib.AbstractContextManager:
+def locked(destination: Path, source: str) -> contextlib.AbstractContextManager:
     """Make the destination, and let no other process write there until the context ends.
 
     Raises:
         ValueError: it cannot be made, lies inside the source, or another process writes there.
     """
-    if source.resolve() in (destination.resolve(), *destination.resolve().parents):
+    if source and Path(source).resolve() in (destination.resolve(), *destination.resolve().parents):
         raise ValueError(f"{destination}: is the source, or inside it; name another folder to write")
     try:
         destination.mkdir(parents=True, exist_ok=True)
@@ -167,7 +169,8 @@ def in_parallel(function: Callable, arguments: Sequence[tuple], workers: int, ti
     """Yield `function(*values)` for all `values` of `arguments`, in order, under a progress bar."""
     pool = ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(function,))
     try:
-        for future in tqdm([pool.submit(_call, values) for values in arguments], desc=title, unit="part"):
+        futures = [pool.submit(_call, values) for values in arguments]
+        for future in tqdm(futures, desc=title, unit="part", disable=sys.stderr is None):
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)

@@ -1,8 +1,7 @@
-"""Images resized once: whole, the same after an interruption, usable for training; statistics; the crops."""
+"""Images resized once: whole, the same after an interruption, usable for training; and statistics."""
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import os
@@ -18,11 +17,10 @@ import pytest
 import torch
 from helpers import ROOT, environment, refusal, write_pictures
 from PIL import Image
-from torchvision import transforms as tv
 
 from scripts import prepare_data
 from util import seeding
-from util.data import crop, datasets, decode
+from util.data import datasets, decode
 from util.data.resize import resize_image
 from util.distributed import world
 from util.training import lock
@@ -243,6 +241,11 @@ def test_validation_images_keep_their_classes(tmp_path, capsys):
     run(source, target)
     assert seen(datasets.open_labelled("wds", str(target), "train", 3)) == set(classes.items())
     assert seen(datasets.open_labelled("wds", str(target), "val", 3)) == {("bee", 120), ("cat", 240)}
+    for path in source.glob("val/*/0.png"):
+        path.write_bytes(b"")
+    run(source, tmp_path / "bad val")
+    with pytest.raises(ValueError, match="no shards of the split val"):
+        datasets.open_labelled("wds", str(tmp_path / "bad val"), "val", 3)
     save(source / "val" / "dog" / "0.png")
     said = refusal(prepare_data.main, [source, tmp_path / "x"], capsys)
     assert "classes of the validation images that train lacks: ['dog']" in said
@@ -391,11 +394,19 @@ def test_a_full_disk_is_no_bad_image(tmp_path, capsys):
     assert limited.returncode == 1
     assert "Traceback" not in limited.stderr
     said = limited.stderr.splitlines()[-1]
-    assert "small: cannot be written ([Errno 27] File too large" in said
+    assert "small: cannot be read or written ([Errno 27] File too large" in said
     assert "run the same again: it goes on" in said
     prepare_data.main(flags)
     assert "8 images are in" in capsys.readouterr().out
     assert len(datasets.open_labelled("wds", str(tmp_path / "small"), "train", 3)) == 4
+
+
+def test_a_data_set_that_is_nowhere(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("", "digits", "--dataset", "digits", "--in_chans", 1)
+    assert len(datasets.open_labelled("wds", "digits", "val", 1)) == 359
+    said = refusal(prepare_data.main, ["", "five", "--dataset", "digits", "--in_chans", 5], capsys)
+    assert "--in_chans 5: images are written with 1, 3 or 4 channels" in said
 
 
 def test_a_destination_that_cannot_be_made(tmp_path, capsys):
@@ -422,60 +433,9 @@ def test_statistics_read_with_the_loader_below_classes_too(tmp_path, capsys):
     np.testing.assert_allclose([float(word) for word in words[1:5]], values.mean((0, 1, 2)), atol=1e-4)
 
 
-def photographs(count):
-    """Smooth pictures of many shapes, as JPEGs."""
-    rng = np.random.default_rng(0)
-    for _ in range(count):
-        width, height = rng.integers(20, 160, 2)
-        small = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        buffer = io.BytesIO()
-        small.resize((int(width), int(height)), Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=90)
-        yield buffer.getvalue()
-
-
-def test_exact_crops_are_torchvision_s_to_the_bit_and_fast_ones_near():
-    """1,000 pictures with the same random numbers; the fast crop at most 6 of 255 levels off."""
-    size, scale = (32, 32), (0.2, 1.0)
-    reference = tv.Compose(
-        [
-            tv.RandomResizedCrop(size, scale=scale, interpolation=tv.InterpolationMode.BICUBIC),
-            tv.RandomHorizontalFlip(),
-            tv.PILToTensor(),
-        ]
-    )
-    exact, fast = crop.PictureCrop(size, scale, 0.5), crop.PixelCrop(size, scale, 0.5)
-    apart = []
-    for number, data in enumerate(photographs(1000)):
-        torch.manual_seed(number)
-        expected = reference(Image.open(io.BytesIO(data)).convert("RGB"))
-        torch.manual_seed(number)
-        pixels, flip = exact(decode.to_picture(data, "RGB"))
-        found = pixels.permute(2, 0, 1)
-        assert torch.equal(found.flip(2) if flip else found, expected), number
-        torch.manual_seed(number)
-        near, near_flip = fast(decode.to_pixels(data, 3))
-        assert near_flip == flip
-        apart.append((near.int() - pixels.int()).abs())
-    apart = torch.stack(apart).float()
-    assert apart.max() <= 6
-    assert apart.mean() < 0.1
-
-
-@pytest.mark.parametrize("shape", [(500, 375), (40, 400), (400, 40), (1, 1), (1, 300), (3, 2)])
-def test_the_box_is_torchvision_s(shape):
-    for seed in range(200):
-        torch.manual_seed(seed)
-        expected = tv.RandomResizedCrop.get_params(torch.empty(3, shape[1], shape[0]), (0.2, 1.0), (3 / 4, 4 / 3))
-        after = torch.rand(1)
-        torch.manual_seed(seed)
-        assert crop.draw_box(*shape, (0.2, 1.0)) == expected
-        assert torch.rand(1) == after
-
-
-def test_what_stays_as_it_is_and_what_becomes_smaller():
-    (data,) = photographs(1)
-    width, height = decode.to_picture(data, "RGB").size
-    assert resize_image(data, long_side=max(width, height)) is data
-    smaller = resize_image(data, short_side=min(width, height) // 2)
-    assert min(decode.to_picture(smaller, "RGB").size) == min(width, height) // 2
-    assert resize_image(data, short_side=10, pixels=True).dtype == np.uint8
+def test_what_stays_as_it_is_and_what_becomes_smaller(images):
+    data = (images / "train" / "class0" / "0.jpg").read_bytes()  # 90 x 60
+    assert resize_image(data, long_side=90) is data
+    assert resize_image(data, short_side=61) is data
+    assert decode.to_picture(resize_image(data, short_side=30), "RGB").size == (45, 30)
+    assert resize_image(data, long_side=30, pixels=True).shape == (20, 30, 3)

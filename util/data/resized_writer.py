@@ -135,8 +135,9 @@ class ResizedWriter:
             ]
             lengths = [len(tar_index.open_index(shard).names) for shard in shards]
             names = [shard.name for shard in shards]
-            info[split] = {"name": split, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
-        if not any(entry["num_samples"] for entry in info.values()):
+            if shards:
+                info[split] = {"name": split, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
+        if not info:
             raise ValueError(f"{self.source}: no image can be decoded; {self.destination / BAD} says why")
         classes = next((images.classes for images in self.splits.values() if images.classes), ())
         write_whole(self.destination / INFO, json.dumps({"splits": info, "classes": list(classes)}, indent=1))
