@@ -93,7 +93,7 @@ def test_killed_in_the_middle_and_run_again(images, tmp_path, number):
     """The workers end too, before they write what the next command is writing."""
 
     def flags(target):
-        return [str(images), str(tmp_path / target), "--long_side", "64", "--per_shard", "20", "--workers", "2"]
+        return [str(images), str(tmp_path / target), "--long_side", "64", "--per_shard", "10", "--workers", "2"]
 
     prepare_data.main(flags("whole"))
     command = [*SCRIPT, *flags("killed")]
@@ -154,6 +154,18 @@ def test_what_stands_in_the_destination_is_not_trusted(tmp_path, capsys, written
     assert len(datasets.open_unlabelled("wds", str(tmp_path / "_info.json"), 3)) == 1
     said = refusal(prepare_data.main, [tmp_path / "images", tmp_path / "prepare_data.json"], capsys)
     assert "was begun with other settings, other images or other classes" in said
+
+
+def test_a_damaged_shard_in_the_destination_is_named(tmp_path, capsys):
+    save(tmp_path / "images" / "0.png")
+    run(tmp_path / "images", tmp_path / "small")
+    os.truncate(tmp_path / "small" / "train-000000.tar", 512)
+    os.utime(tmp_path / "small" / "train-000000.tar", (0, 0))
+    said = refusal(prepare_data.main, [tmp_path / "images", tmp_path / "small"], capsys)
+    assert "train-000000.tar.idx: this index does not match its shard" in said
+    (tmp_path / "small" / "train-000000.tar").unlink()
+    run(tmp_path / "images", tmp_path / "small")
+    assert len(datasets.open_unlabelled("wds", str(tmp_path / "small"), 3)) == 1
 
 
 def test_shards_of_something_else_are_not_overwritten(tmp_path, capsys):

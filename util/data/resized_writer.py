@@ -85,12 +85,12 @@ class ResizedWriter:
         images, path = self.splits[split], self._path(split, number)
         first = number * self.per_shard
         chosen = seeding.permutation(0, 0, len(images))[first : first + self.per_shard]
-        names = tar_index.open_index(path).names if tar_index.index_path(path).is_file() else ()
-        written = {int(PurePosixPath(name).stem) for name in names}
-        bad: list[str] = []
+        written, bad = set(), []
+        if path.is_file() and tar_index.index_path(path).is_file():
+            written = {int(PurePosixPath(name).stem) for name in tar_index.open_index(path).names}
         if not any(self._members(images, [index for index in chosen if index not in written], bad)):
             return bad
-        bad.clear()
+        bad.clear()  # the whole shard is written, with what an earlier command could not decode
         with replacing(path, durable=True) as file, tarfile.open(fileobj=file, mode="w") as tar:
             for name, data in self._members(images, chosen, bad):
                 member = tarfile.TarInfo(name)
@@ -130,9 +130,7 @@ class ResizedWriter:
         write_whole(self.destination / BAD, _encoded("".join(line + "\n" for line in sorted(bad))))
         info: dict[str, dict] = {}
         for split in self.splits:
-            shards = [
-                path for name, number in self.shards() if name == split and (path := self._path(name, number)).is_file()
-            ]
+            shards = sorted(self.destination.glob(f"{split}-*.tar"))
             lengths = [len(tar_index.open_index(shard).names) for shard in shards]
             names = [shard.name for shard in shards]
             if shards:
