@@ -1,4 +1,4 @@
-"""Images resized once: whole, the same after an interruption, usable for training; and statistics."""
+"""Images resized once: whole, the same after an interruption, usable for training."""
 
 from __future__ import annotations
 
@@ -108,19 +108,6 @@ def test_killed_in_the_middle_and_run_again(images, tmp_path, number):
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
 
 
-def dies_in_a_worker(path):
-    """Load nothing; for --loader."""
-    if multiprocessing.parent_process() is not None:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return np.zeros((2, 2, 3), dtype=np.uint8)
-
-
-def test_a_killed_worker_is_one_sentence(tmp_path):
-    save(tmp_path / "0.png")
-    with pytest.raises(SystemExit, match="a worker was killed, perhaps for the memory that it took; choose fewer"):
-        run(tmp_path, "--stats", "--loader", f"{__name__}:dies_in_a_worker")
-
-
 def test_two_at_once_do_not_write_to_one_destination(images, tmp_path, capsys):
     target = tmp_path / "small"
     target.mkdir()
@@ -223,24 +210,6 @@ def test_a_home_folder_in_the_paths(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "~").exists()
     run("~/images", "--stats")
     assert "--mean 0.39" in capsys.readouterr().out
-
-
-def test_statistics(tmp_path, capsys):
-    rng = np.random.default_rng(0)
-    (tmp_path / "grey").mkdir()
-    values = rng.integers(0, 256, (5, 30, 40), dtype=np.uint8)
-    for number, pixels in enumerate(values):
-        Image.fromarray(pixels).save(tmp_path / "grey" / f"{number}.png")
-    run(tmp_path / "grey", "--stats", "--in_chans", 1)
-    expected = f"--mean {values.mean() / 255:.4f} --std {values.std() / 255:.4f}"
-    assert capsys.readouterr().out.strip() == expected
-    place = data_files.write_npy(tmp_path / "deep", 4, "uint16")
-    run(place, "--stats", "--in_chans", 4, "--loader", "util.loaders:npy")
-    words = capsys.readouterr().out.split()
-    deep = np.stack([np.load(path) for path in place.glob("*.npy")]) / 65535
-    assert words[:1] + words[5:6] == ["--mean", "--std"]
-    np.testing.assert_allclose([float(word) for word in words[1:5]], deep.mean((0, 1, 2)), atol=1e-4)
-    np.testing.assert_allclose([float(word) for word in words[6:]], deep.std((0, 1, 2)), atol=1e-4)
 
 
 def test_validation_images_keep_their_classes(tmp_path, capsys):
@@ -431,18 +400,6 @@ def test_a_destination_that_cannot_be_made(tmp_path, capsys):
 def test_a_system_that_does_not_say_which_cores_may_be_used(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
     assert prepare_data.parse(["a", "b"]).workers == world.usable_cores() == os.cpu_count()
-
-
-def test_statistics_read_with_the_loader_below_classes_too(tmp_path, capsys):
-    for name in "ab":
-        data_files.write_npy(tmp_path / name, 4, "float32", count=3)
-        (tmp_path / "train").mkdir(exist_ok=True)
-        (tmp_path / name).rename(tmp_path / "train" / name)
-    Image.new("RGB", (30, 40)).save(tmp_path / "train" / "a" / "beside.png")
-    run(tmp_path, "--stats", "--in_chans", 4, "--loader", "util.loaders:npy")
-    words = capsys.readouterr().out.split()
-    values = np.stack([np.load(path) for path in tmp_path.rglob("*.npy")])
-    np.testing.assert_allclose([float(word) for word in words[1:5]], values.mean((0, 1, 2)), atol=1e-4)
 
 
 def test_what_stays_as_it_is_and_what_becomes_smaller(images):
