@@ -22,9 +22,10 @@ from torchvision.transforms import InterpolationMode
 
 from benchmarks import report, timing
 from benchmarks.pictures import write_jpegs
+from util import seeding
 from util.data import crop, decode
 from util.data.datasets import ImageSet
-from util.data.resize import crop_pair, resized
+from util.data.resize import resize_image
 from util.data.sources import Files, Source
 from util.data.tar_shards import TarShards
 
@@ -61,7 +62,7 @@ def measure(folder: Path, pictures: int, rounds: int, compared: int) -> list[dic
         place.mkdir()
         files[name] = [place / path.name for path in files["original"]]
         for source, target in zip(files["original"], files[name], strict=True):
-            target.write_bytes(resized(source.read_bytes(), quality=90, **side))
+            target.write_bytes(resize_image(source.read_bytes(), quality=90, **side))
     sources: dict[str, Source] = {name: Files(map(str, paths)) for name, paths in files.items()}
     sources["short side 256, pixels"] = pixel_shard(files["original"], folder / "pixels.tar", short_side=256)
     sets = {name: ImageSet(source, [0] * pictures, (), 3) for name, source in sources.items()}
@@ -74,7 +75,7 @@ def measure(folder: Path, pictures: int, rounds: int, compared: int) -> list[dic
         if kind == "original":
             crops[name] = _ours_crop(exact)
         else:
-            differences[name] = prepared_difference(sources["original"], sources[kind], compared)
+            differences[name] = resized_difference(sources["original"], sources[kind], compared)
     for name, function in candidates().items():
         contenders[name], crops[name] = _over(files["original"], function), function
     differences |= {name: difference(function, files["original"], compared) for name, function in crops.items()}
@@ -94,11 +95,11 @@ def measure(folder: Path, pictures: int, rounds: int, compared: int) -> list[dic
 
 
 def pixel_shard(files: list[Path], path: Path, **sizes: int) -> TarShards:
-    """A tar shard of the pictures' pixels, as `scripts/prepare_data.py --shards --pixels` makes it."""
+    """A tar shard of the pictures' pixels, as `scripts/prepare_data.py --pixels` makes it."""
     with tarfile.open(path, "w") as tar:
         for number, picture in enumerate(files):
             buffer = io.BytesIO()
-            np.save(buffer, resized(picture.read_bytes(), pixels=True, **sizes))
+            np.save(buffer, resize_image(picture.read_bytes(), pixels=True, **sizes))
             member = tarfile.TarInfo(f"{number:08}.npy")
             member.size = buffer.tell()
             buffer.seek(0)
@@ -127,14 +128,27 @@ def difference(function: Crop, files: list[Path], compared: int) -> tuple[int, f
     return int(np.max(apart)), round(float(np.mean(apart)), 3)
 
 
-def prepared_difference(originals: Source, prepared: Source, compared: int) -> tuple[int, float]:
-    """The same for pictures made smaller: between the same crops, both cut by Pillow."""
+def resized_difference(originals: Source, smaller: Source, compared: int) -> tuple[int, float]:
+    """Return the same for images resized ahead: between the same crops, both cut by Pillow."""
     apart = []
     for number in range(compared):
         index = number % len(originals)
-        first, second = crop_pair(originals.read(index), prepared.read(index), number, SIZE[0])
+        first, second = crop_pair(originals.read(index), smaller.read(index), number)
         apart.append(np.abs(first - second))
     return int(np.max(apart)), round(float(np.mean(apart)), 3)
+
+
+def crop_pair(original: decode.Content, smaller: decode.Content, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return crop `number` of `original`, and the same crop of `smaller`; both (*SIZE, 3), fp64, 0..255."""
+    images = [decode.to_picture(content, "RGB") for content in (original, smaller)]
+    with seeding.sample_state(0, 0, number):
+        top, left, height, width = crop.draw_box(*images[0].size, SCALE)
+    crops = []
+    for image in images:
+        x, y = image.width / images[0].width, image.height / images[0].height
+        box = (left * x, top * y, (left + width) * x, (top + height) * y)
+        crops.append(np.asarray(image.resize(SIZE, Image.Resampling.BICUBIC, box=box), dtype=np.float64))
+    return crops[0], crops[1]
 
 
 class _Baseline:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Make the pictures of a data set smaller, once, into a folder or tar shards; or print the channels' statistics.
+"""Resize the images of a data set once, into tar shards; or print mean and deviation of its channels.
 
     python scripts/prepare_data.py /data/imagenet /data/imagenet_400 --long_side 400
-    python scripts/prepare_data.py /data/imagenet /data/shards --short_side 256 --shards [--pixels]
+    python scripts/prepare_data.py /data/imagenet /data/pixels --short_side 256 --pixels
     python scripts/prepare_data.py ~/pictures --stats
 
-Every picture is decoded, before and after. Run again after an interruption, it goes on where it was.
+Train on the shards with --dataset wds --data_path DESTINATION. The same command continues after an interruption.
 """
 
 from __future__ import annotations
@@ -14,226 +14,202 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import multiprocessing
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from statistics import mean
-
-from util.data import statistics
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from util import cli
-from util.data import datasets, resize, resized_writer
+from util.data import datasets, decode
 from util.data.datasets import ImageSet
-from util.data.resized_writer import Recipe, Split
+from util.data.resized_writer import BAD, ResizedWriter
+from util.data.statistics import channel_sums
 from util.distributed import world
+from util.training import lock
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prepare as the command line says."""
+    """Resize, or print statistics, as the command line says."""
     arguments = parse(argv)
-    torch.set_num_threads(1)
-    with cli.exit_on_user_error():
-        if arguments.stats:
-            print_statistics(arguments)
-            return
-        recipe = Recipe(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Recipe)})
-        splits = open_splits(recipe)
-        for split in splits:
-            say_what_is_left_out(split)
-        with exit_where_nothing_can_be_written(recipe):
-            resized_writer.begin(recipe, splits)
-    bad = []
-    with exit_where_nothing_can_be_written(recipe):
-        for split in splits:
-            bad += in_parallel(resized_writer.pieces(split, recipe), arguments.workers, split.title or "pictures")
-        resized_writer.finish(recipe, splits, bad)
-    total = sum(len(split.images) for split in splits)
-    say(f"{total - len(bad)} pictures are in {recipe.destination}; {len(bad)} cannot be decoded and were left out")
-    if bad:
-        say(f"their names are in {Path(recipe.destination) / 'bad_pictures.txt'}, for example {bad[0]}")
-    print_psnr(splits[0].images, recipe)
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may be in any encoding
+    try:
+        with cli.exit_on_user_error():
+            (print_statistics if arguments.stats else resize)(arguments)
+        return
+    except OSError as error:  # a bad image raises none here
+        reason = f"{arguments.destination or arguments.source}: cannot be read or written ({error}); mend that and"
+    except BrokenProcessPool:
+        reason = "a worker was killed, perhaps for the memory that it took; choose fewer --workers and"
+    sys.exit(f"prepare_data.py: error: {reason} run the same again: it goes on where it was")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The command line; exits with status 2 where it is wrong."""
+    """Parse the command line; exit with status 2 where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder, with train/ and val/ or without; or what --data_path would be")
-    parser.add_argument("destination", nargs="?", help="folder to write; not with --stats")
+    parser.add_argument("source", type=_path, help="folder, with train/ and val/ or without; or as for --data_path")
+    parser.add_argument("destination", type=_path, nargs="?", help="folder to write; not with --stats")
     parser.add_argument("--dataset", default="folder", help="of the source, as for pre-training")
     side = parser.add_mutually_exclusive_group()
     side.add_argument("--short_side", type=int, help="pixels of the shorter side")
     side.add_argument("--long_side", type=int, help="pixels of the longest side")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
-    parser.add_argument("--shards", action="store_true", help="write tar shards with an index instead of files")
-    parser.add_argument("--pixels", action="store_true", help="no JPEGs in the shards: pixels, large but quick to read")
-    parser.add_argument("--per_shard", type=int, default=5000, help="pictures in a shard")
+    parser.add_argument("--shards", action="store_true", help="may be left out: shards are all that is written")
+    parser.add_argument("--pixels", action="store_true", help="pixels instead of JPEGs: large, but quick to read")
+    parser.add_argument("--per_shard", type=int, default=5000, help="images in a shard")
     parser.add_argument("--in_chans", type=int, default=3, help="1 grey, 3 RGB, 4 RGBA (written as PNG)")
     parser.add_argument("--workers", type=int, default=world.usable_cores(), help="processes")
-    parser.add_argument("--stats", action="store_true", help="only print --mean and --std of the training pictures")
-    parser.add_argument("--stats_images", type=int, default=20000, help="pictures for --stats, evenly spaced")
+    parser.add_argument("--stats", action="store_true", help="only print --mean and --std of the training images")
+    parser.add_argument("--stats_images", type=int, default=20000, help="images for --stats, evenly spaced")
     parser.add_argument("--loader", help="package.module:function, as for pre-training; for --stats")
     arguments = parser.parse_args(argv)
     if not arguments.stats and not arguments.destination:
         parser.error("the destination is missing")
     if arguments.loader and not arguments.stats:
-        parser.error(f"--loader {arguments.loader}: its arrays have no picture format; it is only for --stats")
-    if arguments.pixels and not arguments.shards:
-        parser.error("--pixels: is for tar shards; add --shards")
-    for name in ("short_side", "long_side", "per_shard", "workers", "stats_images", "quality", "in_chans"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
+        parser.error(f"--loader {arguments.loader}: its arrays have no image format; it is only for --stats")
+    if arguments.in_chans not in decode.MODES and not arguments.stats:
+        parser.error(f"--in_chans {arguments.in_chans}: images are written with 1, 3 or 4 channels")
+    for name, value in vars(arguments).items():
+        if type(value) is int and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
-    if arguments.source:
-        arguments.source = os.path.abspath(arguments.source)  # the same source, however it is written
     return arguments
 
 
-def open_splits(recipe: Recipe) -> list[Split]:
-    """The training and, if there are some, the validation pictures, of the same classes.
+def _path(text: str) -> str:
+    """Return the same absolute path, however it is written; an empty text as it is."""
+    return os.path.abspath(os.path.expanduser(text)) if text else text
+
+
+def resize(arguments: argparse.Namespace) -> None:
+    """Write the resized images into the destination, and print what became of them."""
+    splits = open_splits(arguments)
+    if arguments.dataset == "folder":
+        print_left_out(Path(arguments.source), splits)
+    destination = Path(arguments.destination)
+    options = {name: getattr(arguments, name) for name in ("short_side", "long_side", "quality", "pixels")}
+    with locked(destination, arguments.source):
+        source = f"{arguments.dataset} {arguments.source}"
+        writer = ResizedWriter(destination, source, splits, arguments.per_shard, **options)
+        writer.begin()
+        found = in_parallel(writer.write_shard, writer.shards(), arguments.workers, "shards")
+        bad = [line for lines in found for line in lines]
+        writer.finish(bad)
+    count = sum(map(len, splits.values())) - len(bad)
+    print(f"{count} images are in {destination}; {len(bad)} cannot be decoded and were left out")
+    if bad:
+        print(f"{destination / BAD} names them, for example {bad[0]}")
+    print(f"to train on them: --dataset wds --data_path {destination}")
+
+
+def open_splits(arguments: argparse.Namespace) -> dict[str, ImageSet]:
+    """Open the training and, if there are some, the validation images, of the same classes.
 
     Raises:
-        ValueError: there is nothing, or validation has a class that training has not.
+        ValueError: there are no images, or validation has a class that training lacks.
     """
-    name, source, chans = recipe.dataset, recipe.source, recipe.in_chans
-    root = Path(source)
-    if name == "folder" and not (root / "train").is_dir():
-        say(f"{source}: has no folder train, so the pictures are prepared without classes and splits")
-        return [Split("", datasets.open_unlabelled(name, source, chans), root)]
-    train = open_training(recipe)
+    source, chans = (arguments.dataset, arguments.source), arguments.in_chans
+    root = Path(arguments.source) if arguments.dataset == "folder" else None
     try:
-        images = datasets.open_labelled(name, source, "val", chans)
+        train = datasets.open_labelled(*source, "train", chans)
     except ValueError as error:
-        say(f"no validation pictures ({error})")
-        return [train]
-    classes = train.images.classes
-    if classes and images.classes != classes:
-        extra = sorted(set(images.classes) - set(classes))
-        if extra:
-            raise ValueError(f"{source}: classes of the validation pictures that train has not: {extra[:5]}")
-        images = images.relabelled(classes)
-    return [train, Split("val", images, root / "val" if name == "folder" else None)]
-
-
-def open_training(recipe: Recipe) -> Split:
-    """The training pictures; without classes, and the reason is said, where not all have one."""
-    name, source, chans = recipe.dataset, recipe.source, recipe.in_chans
-    root = Path(source) / "train" if name == "folder" else None
+        train = datasets.open_unlabelled(*source, chans)
+        if root:
+            train = dataclasses.replace(train, labels=np.full(len(train), -1))
+        if without := int((np.asarray(train.labels) < 0).sum()):
+            print(f"{without} of {len(train)} training images are written without a class ({error})")
+    if root and not (root / "train").is_dir():
+        return {"train": train}  # which are all below the source
     try:
-        return Split("train", datasets.open_labelled(name, source, "train", chans), root)
+        splits = {"train": train, "val": datasets.open_labelled(*source, "val", chans)}
     except ValueError as error:
-        split = Split("train", datasets.open_unlabelled(name, source, chans), root)
-        without = int((split.labels < 0).sum())
-        if without:
-            say(f"{without} of {len(split.images)} training pictures are prepared without a class ({error})")
-        return split
+        print(f"no validation images ({error})")
+        return {"train": train}
+    if train.classes:
+        if extra := sorted(set(splits["val"].classes) - set(train.classes)):
+            raise ValueError(f"{arguments.source}: classes of the validation images that train lacks: {extra[:5]}")
+        splits["val"] = splits["val"].relabelled(train.classes)
+    return splits
 
 
-def say_what_is_left_out(split: Split) -> None:
-    """How many pictures lie beside the folders of the classes."""
-    if split.root is None or not split.images.classes:
-        return
-    names = [entry.name.lower() for entry in split.root.iterdir() if entry.is_file()]
-    loose = sum(name.endswith(IMG_EXTENSIONS) and not name.startswith(".") for name in names)
-    if loose:
-        say(f"{split.root}: {loose} pictures beside the folders of the classes are left out")
+def print_left_out(root: Path, splits: dict[str, ImageSet]) -> None:
+    """Print how many images lie beside the folders of the classes."""
+    for place in (root / split for split, images in splits.items() if images.classes):
+        if loose := sum(path.suffix.lower() in IMG_EXTENSIONS and path.is_file() for path in place.glob("[!.]*")):
+            print(f"{place}: {loose} images beside the folders of the classes are left out")
 
 
-@contextlib.contextmanager
-def exit_where_nothing_can_be_written(recipe: Recipe) -> Iterator[None]:
-    """Turn an OSError, which reading a picture never ends in, into a sentence on stderr and exit status 1."""
+def locked(destination: Path, source: str) -> contextlib.AbstractContextManager:
+    """Make the destination, and let no other process write there until the context ends.
+
+    Raises:
+        ValueError: it cannot be made, lies inside the source, or another process writes there.
+    """
+    if source and Path(source).resolve() in (destination.resolve(), *destination.resolve().parents):
+        raise ValueError(f"{destination}: is the source, or inside it; name another folder to write")
     try:
-        yield
+        destination.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        sys.exit(
-            f"prepare_data.py: error: {recipe.destination}: cannot be written ({error}); "
-            "make room there, or let it be writable, and run the same again: it goes on where it was"
-        )
+        raise ValueError(f"{destination}: cannot be made ({error.strerror}); name another folder to write") from error
+    return lock.hold(destination, wait_s=0, flag="destination") or contextlib.nullcontext()
 
 
-def say(text: str) -> None:
-    """Print what may hold names of files, in any encoding."""
-    encoding = sys.stdout.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+def in_parallel(function: Callable, arguments: Sequence[tuple], workers: int, title: str) -> Iterator:
+    """Yield `function(*values)` for all `values` of `arguments`, in order, under a progress bar."""
+    pool = ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(function,))
+    try:
+        futures = [pool.submit(_call, values) for values in arguments]
+        for future in tqdm(futures, desc=title, unit="part", disable=sys.stderr is None):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def in_parallel(work: list[Callable[[], list]], workers: int, title: str) -> list:
-    """All results in one list, under a progress bar."""
-    results = []
-    with tqdm(total=len(work), desc=title, unit="part") as bar:
-        for found in _run(work, workers):
-            results += found
-            bar.update()
-    return results
-
-
-def _run(work: list[Callable[[], list]], workers: int) -> Iterator[list]:
-    if workers == 1:
-        yield from (piece() for piece in work)
-        return
-    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(work,)) as pool:
-        yield from pool.map(_piece, range(len(work)))
-
-
-_work: list[Callable[[], list]] = []
-
-
-def _begin(work: list[Callable[[], list]]) -> None:
-    _work[:] = work
+def _begin_worker(function: Callable) -> None:
+    global _function
+    _function = function
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _piece(number: int) -> list:
-    return _work[number]()
+def _end_with_parent() -> None:
+    """Wait until the main process is gone: its lock is gone with it, and nobody may write any longer."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
-def print_psnr(images: ImageSet, recipe: Recipe, most: int = 200) -> None:
-    """What the pictures lost, on some of them, evenly spaced."""
-    found = []
-    for index in range(0, len(images), -(-len(images) // most)):
-        try:
-            smaller = recipe.shrink(images, index)
-            found.append(resize.crop_psnr(images.source.read(index), smaller, index))
-        except OSError:
-            continue  # said before
-    finite = [value for value in found if value != float("inf")]
-    if not finite:
-        print("the pictures are as they were: none was larger")
-        return
-    print(
-        f"PSNR of 224-pixel crops against the original's: mean {mean(finite):.1f} dB, lowest {min(finite):.1f} dB, "
-        f"over {len(finite)} pictures that changed, of {len(found)}"
-    )
+def _call(values: tuple) -> object:
+    return _function(*values)
 
 
 def print_statistics(arguments: argparse.Namespace) -> None:
-    """`--mean` and `--std` of the pictures that pre-training would see, to paste."""
+    """Print `--mean` and `--std` of the images that pre-training would see, to paste."""
     images = datasets.open_unlabelled(arguments.dataset, arguments.source, arguments.in_chans, arguments.loader)
     step = -(-len(images) // arguments.stats_images)
-    parts = [range(start, min(start + 64 * step, len(images)), step) for start in range(0, len(images), 64 * step)]
-    work = [functools.partial(_statistics, images, part) for part in parts]
-    total, bad = statistics.ChannelSums(images.channels), []
-    for sums, wrong in in_parallel(work, arguments.workers, "statistics"):
-        total.merge(sums)
-        bad += wrong
-    for line in bad:
-        print(f"left out: {line}", file=sys.stderr)
-    if total.count == 0:
-        raise ValueError(f"{arguments.source}: no picture can be decoded")
-    flags = zip(("--mean", "--std"), total.mean_and_std(), strict=True)
-    print(" ".join(" ".join([flag, *(f"{value:.4f}" for value in values)]) for flag, values in flags))
-
-
-def _statistics(images: ImageSet, part: range) -> list:
-    return [statistics.statistics_of(images, part)]
+    parts = [(range(start, min(start + 64 * step, len(images)), step),) for start in range(0, len(images), 64 * step)]
+    total = torch.zeros(3, images.channels, dtype=torch.float64)
+    for sums, bad in in_parallel(functools.partial(channel_sums, images), parts, arguments.workers, "statistics"):
+        total += sums
+        for line in bad:
+            print(f"left out: {line}", file=sys.stderr)
+    if not total[0, 0]:
+        raise ValueError(f"{arguments.source}: no image can be decoded")
+    mean, square = total[1] / total[0], total[2] / total[0]
+    for flag, values in (("--mean", mean), ("--std", (square - mean**2).clamp(min=0).sqrt())):
+        print(flag, *(f"{value:.4f}" for value in values.tolist()), end=" " if flag == "--mean" else "\n")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it, and its workers, like any other kill
     main()

@@ -70,10 +70,10 @@ def test_colours_stay_where_the_fourth_channel_is_zero():
         "evaluation": transforms.evaluation_transform(size, None)(picture),
     }
     as_file, as_array = (
-        resize.resized(buffer.getvalue(), short_side=24, channels=4, pixels=pixels) for pixels in (False, True)
+        resize.resize_image(buffer.getvalue(), short_side=24, channels=4, pixels=pixels) for pixels in (False, True)
     )
-    found["prepared file"] = decode.to_pixels(as_file, 4).permute(2, 0, 1)
-    found["prepared array"] = torch.tensor(as_array).permute(2, 0, 1)
+    found["resized file"] = decode.to_pixels(as_file, 4).permute(2, 0, 1)
+    found["resized array"] = torch.tensor(as_array).permute(2, 0, 1)
     for name, result in found.items():
         assert result.shape == (4, *size), name
         for band, value in enumerate((200, 100, 50)):

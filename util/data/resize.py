@@ -1,4 +1,4 @@
-"""Pictures made smaller once, so that every epoch decodes less; what that costs; and what a data set's channels are."""
+"""Resize one image ahead of training, so that every epoch decodes less."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import io
 import numpy as np
 from PIL import Image
 
-from util import seeding
 from util.data import decode
-from util.data.crop import draw_box
 from util.data.decode import Content
 
 
-def resized(
+def resize_image(
     content: Content,
     *,
     short_side: int | None = None,
@@ -22,59 +20,36 @@ def resized(
     channels: int = 3,
     pixels: bool = False,
 ) -> Content:
-    """A picture whose short or longest side is as asked: JPEG or, with an alpha channel, PNG; or its pixels (H, W, C).
+    """Return an image whose short or long side has at most the given length in pixels.
 
-    A JPEG that is not larger, and needs no turning or conversion, stays as it is, byte for byte. What is encoded is
-    decoded again before it is given back.
+    The result is a JPEG; with an alpha channel a PNG; with `pixels` an array (H, W, C). A JPEG that is not larger, and
+    needs no turning or conversion, is returned as it is. What is encoded is decoded again before it is returned.
 
     Raises:
-        Exception: of any type, if the picture cannot be decoded.
+        Exception: of any type, if the image cannot be decoded.
     """
     mode = decode.MODES[channels]
-    picture = decode.to_picture(content, mode)
+    image = decode.to_picture(content, mode)
     side = short_side or long_side
-    scale = 1.0 if side is None else side / (min(picture.size) if short_side else max(picture.size))
-    if scale >= 1 and not pixels and _is_done(content, mode):
+    scale = 1.0 if side is None else side / (min(image.size) if short_side else max(image.size))
+    if scale >= 1 and not pixels and _is_upright_jpeg(content, mode):
         return content
     if scale < 1:
-        size = tuple(max(1, round(scale * length)) for length in picture.size)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+        size = tuple(max(1, round(scale * length)) for length in image.size)
+        image = image.resize(size, Image.Resampling.LANCZOS)
     if pixels:
-        return np.asarray(picture).reshape(picture.height, picture.width, channels)
+        return np.asarray(image).reshape(image.height, image.width, channels)
     buffer = io.BytesIO()
     if mode == "RGBA":
-        Image.frombytes("RGBA", picture.size, picture.tobytes()).save(buffer, "PNG")  # see decode.to_picture
+        Image.frombytes("RGBA", image.size, image.tobytes()).save(buffer, "PNG")  # see decode.to_picture
     else:
-        picture.save(buffer, "JPEG", quality=quality)
-    assert decode.to_picture(buffer.getvalue(), mode).size == picture.size
+        image.save(buffer, "JPEG", quality=quality)
+    assert decode.to_picture(buffer.getvalue(), mode).size == image.size
     return buffer.getvalue()
 
 
-def _is_done(content: Content, mode: str) -> bool:
+def _is_upright_jpeg(content: Content, mode: str) -> bool:
     if isinstance(content, np.ndarray):
         return False
     with Image.open(io.BytesIO(content)) as image:
         return image.format == "JPEG" and image.mode == mode and image.getexif().get(0x0112, 1) == 1
-
-
-def crop_pair(original: Content, smaller: Content, number: int, size: int = 224) -> tuple[np.ndarray, np.ndarray]:
-    """A random crop of the original and the same crop of `smaller`, both (size, size, 3), 0..255.
-
-    The crop is that of pre-training (0.2 to 1 of the area), a function of `number`.
-    """
-    pictures = [decode.to_picture(content, "RGB") for content in (original, smaller)]
-    with seeding.sample_state(0, 0, number):
-        top, left, height, width = draw_box(*pictures[0].size, (0.2, 1.0))
-    crops = []
-    for picture in pictures:
-        x, y = picture.width / pictures[0].width, picture.height / pictures[0].height
-        box = (left * x, top * y, (left + width) * x, (top + height) * y)
-        crops.append(np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC, box=box), dtype=np.float64))
-    return crops[0], crops[1]
-
-
-def crop_psnr(original: Content, smaller: Content, number: int, size: int = 224) -> float:
-    """PSNR in dB of the second of `crop_pair` against the first; infinity if they are equal."""
-    first, second = crop_pair(original, smaller, number, size)
-    error = np.mean((first - second) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))

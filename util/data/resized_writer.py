@@ -1,248 +1,146 @@
-"""Where prepared pictures go: a tree of files or tar shards, each written whole or not at all, begun and continued."""
+"""Write resized images as tar shards, each whole or not at all, and continue what an earlier process has begun."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import io
-import itertools
 import json
-import os
 import tarfile
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from util import seeding
-from util.data import resize, tar_index
+from util.data import tar_index
 from util.data.datasets import ImageSet
-from util.data.decode import Content
+from util.data.resize import resize_image
 from util.data.sources import Files
 from util.data.tar_shards import INFO, TarShards
+from util.files import replacing, write_whole
 
-SETTINGS = "prepare_data.json"  # in the destination: what it was made with
-Piece = Callable[[], list[str]]  # writes some pictures; gives what is wrong with the bad ones
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What is made of which pictures, and where; the fields are the flags of scripts/prepare_data.py."""
-
-    source: str
-    destination: str
-    dataset: str
-    short_side: int | None
-    long_side: int | None
-    quality: int
-    shards: bool
-    pixels: bool
-    per_shard: int
-    in_chans: int
-
-    def shrink(self, images: ImageSet, index: int) -> Content:
-        """Picture `index`, smaller. OSError names it if it cannot be decoded."""
-        sizes = {"short_side": self.short_side, "long_side": self.long_side}
-        options = {"quality": self.quality, "pixels": self.pixels, "channels": images.channels}
-        return images.decoded(index, lambda content: resize.resized(content, **sizes, **options))
+SETTINGS = "prepare_data.json"  # in the destination: which images it holds, and how they were resized
+BAD = "bad_pictures.txt"
 
 
-@dataclass(frozen=True)
-class Split:
-    """Pictures to prepare: `title` is train, val, or empty for a folder without splits."""
+class ResizedWriter:
+    """Write the resized images of a data set into one folder, in a random order for readers that stream.
 
-    title: str
-    images: ImageSet
-    root: Path | None  # what the names of the pictures are relative to; None where they are no files
-
-    @property
-    def labels(self) -> np.ndarray:
-        """(N,) class of each picture, -1 where it has none."""
-        labels = np.asarray(self.images.labels, dtype=np.int64)
-        return np.full_like(labels, -1) if self.root and not self.images.classes else labels
-
-
-def begin(recipe: Recipe, splits: list[Split]) -> None:
-    """Make the destination, or see that what is there was made from the same pictures in the same way.
-
-    Raises:
-        ValueError: it cannot be made, was made in another way, or two pictures would be one file there.
-        OSError: it cannot be written.
+    Args:
+        destination: the folder, which exists and in which no other process writes.
+        source: where the images come from; a destination is continued from the same one only.
+        splits: the images of train and, if there are some, of val.
+        per_shard: images in a shard.
+        options: of `resize_image`.
     """
-    destination, source = Path(recipe.destination), Path(recipe.source)
-    if recipe.source and source.resolve() in (destination.resolve(), *destination.resolve().parents):
-        raise ValueError(f"{destination}: is the source {source}, or inside it; name another folder to write")
-    for split in () if recipe.shards else splits:
-        _check_names(split)
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{destination}: cannot be made ({error.strerror}); name another folder to write") from error
-    path = destination / SETTINGS
-    settings = {name: value for name, value in asdict(recipe).items() if name != "destination"}
-    numbered = recipe.shards or splits[0].root is None  # then what a picture is called depends on all others
-    settings["pictures"] = _digest(splits) if numbered else None
-    if path.is_file():
-        try:
-            begun = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: is not whole; name another folder to write, or remove this one") from error
-        if begun | {"pictures": None} != settings | {"pictures": None}:
+
+    def __init__(self, destination: Path, source: str, splits: dict[str, ImageSet], per_shard: int, **options):
+        self.destination, self.source, self.splits = destination, source, splits
+        self.per_shard, self.options = per_shard, options
+
+    def begin(self) -> None:
+        """Record the settings in the destination, or compare them with those recorded there.
+
+        Raises:
+            ValueError: the destination holds other images, or the same with other settings.
+            OSError: it cannot be written.
+        """
+        path = self.destination / SETTINGS
+        settings = self.options | {"per_shard": self.per_shard, "source": self.source, "images": self._digest()}
+        content = json.dumps(settings, indent=1).encode()
+        if not path.exists() and any(self.destination.glob("*.tar")):
+            raise ValueError(f"{self.destination}: holds tar files of something else; name another folder to write")
+        if path.exists() and path.read_bytes() != content:
             raise ValueError(
-                f"{destination}: was begun with other settings ({path}); name another folder, or remove it"
+                f"{self.destination}: was begun with other settings, other images or other classes ({path}); "
+                "name another folder to write, or remove this one"
             )
-        if begun != settings:
-            raise ValueError(
-                f"{destination}: was begun with other pictures or classes; name another folder to write, or remove it"
-            )
-    write_whole(path, json.dumps(settings).encode())
+        write_whole(path, content)
 
+    def _digest(self) -> str:
+        """Return a hash of the images' names and classes; of their number where a name costs as much as its image."""
+        found = hashlib.sha256()
+        for split, images in self.splits.items():
+            found.update(repr((split, len(images), images.channels, images.classes)).encode())
+            found.update(np.asarray(images.labels, dtype=np.int64).tobytes())
+            for index in range(len(images)) if isinstance(images.source, (Files, TarShards)) else ():
+                found.update(_encoded(images.source.name(index)) + b"\0")
+        return found.hexdigest()
 
-def _digest(splits: list[Split]) -> str:
-    """Of the pictures' names and classes; where a name costs as much as the picture, of their number instead."""
-    found = hashlib.sha256()
-    for split in splits:
-        source = split.images.source
-        found.update(repr((split.title, len(source), split.images.classes)).encode("utf-8", "surrogateescape"))
-        found.update(split.labels.tobytes())
-        for index in range(len(source)) if isinstance(source, (Files, TarShards)) else ():
-            found.update(source.name(index).encode("utf-8", "surrogateescape") + b"\0")
-    return found.hexdigest()
+    def shards(self) -> list[tuple[str, int]]:
+        """Return split and number of every shard."""
+        counts = {split: -(-len(images) // self.per_shard) for split, images in self.splits.items()}
+        return [(split, number) for split, count in counts.items() for number in range(count)]
 
+    def write_shard(self, split: str, number: int) -> list[str]:
+        """Write a shard and its index, unless it is there with every image that can be decoded.
 
-def pieces(split: Split, recipe: Recipe) -> list[Piece]:
-    """The work: a piece for every 64 pictures, which go to files named like theirs, or for every shard."""
-    if not recipe.shards:
-        return [functools.partial(_write_files, split, recipe, start) for start in range(0, len(split.images), 64)]
-    order = iter(seeding.permutation(0, 0, len(split.images)))  # for readers that stream
-    groups = iter(lambda: list(itertools.islice(order, recipe.per_shard)), [])
-    prefix = Path(recipe.destination) / (split.title or "train")
-    return [
-        functools.partial(_write_shard, split, recipe, Path(f"{prefix}-{number:06}.tar"), group)
-        for number, group in enumerate(groups)
-    ]
+        Returns:
+            One message for each image that is left out. If that is all of them, there is no shard.
 
-
-def finish(recipe: Recipe, splits: list[Split], bad: list[str]) -> None:
-    """Write `bad_pictures.txt` and, beside shards, `_info.json`, as timm has it."""
-    destination = Path(recipe.destination)
-    write_whole(destination / "bad_pictures.txt", _as_bytes("".join(line + "\n" for line in sorted(bad))))
-    if not recipe.shards:
-        return
-    found = {}
-    for title in (split.title or "train" for split in splits):
-        shards = sorted(destination.glob(f"{title}-*.tar"))
-        lengths = [len(tar_index.open_index(shard).names) for shard in shards]
-        names = [shard.name for shard in shards]
-        found[title] = {"name": title, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
-    classes = next((split.images.classes for split in splits if split.images.classes), ())
-    write_whole(destination / INFO, json.dumps({"splits": found, "classes": list(classes)}, indent=1).encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
-
-
-def _write_files(split: Split, recipe: Recipe, start: int) -> list[str]:
-    """Write 64 pictures that are not there yet. OSError if the destination cannot be written."""
-    bad = []
-    for index in range(start, min(start + 64, len(split.images))):
-        target = Path(recipe.destination) / split.title / _file_name(split, index)
-        if target.is_file():
-            continue
-        try:
-            picture = recipe.shrink(split.images, index)
-        except OSError as error:
-            bad.append(_one_line(error))
-            continue
-        write_whole(target, picture)
-    return bad
-
-
-def _file_name(split: Split, index: int) -> str:
-    """Where the picture goes, below the split's folder: named like the source, its ending added to where it differs."""
-    suffix = ".png" if split.images.channels == 4 else ".jpg"
-    if split.root is None:
-        label, classes = int(split.images.labels[index]), split.images.classes
-        folder = "" if label < 0 else _folder_names(classes)[label] if classes else str(label)
-        return os.path.join(folder, f"{index:08}{suffix}")
-    name = _relative_name(split, index)
-    same = name.lower().endswith((".jpg", ".jpeg") if suffix == ".jpg" else suffix)
-    return name if same else name + suffix
-
-
-def _relative_name(split: Split, index: int) -> str:
-    return split.images.source.name(index).removeprefix(str(split.root)).lstrip(os.sep)
-
-
-@functools.cache
-def _folder_names(classes: tuple[str, ...]) -> list[str]:
-    """Folders of the classes; numbered where two have the same name, as ImageNet's two cranes have."""
-    names = [name.replace("/", "_") for name in classes]
-    return names if len(set(names)) == len(names) else [f"{number:04}_{name}" for number, name in enumerate(names)]
-
-
-def _check_names(split: Split) -> None:
-    """ValueError if a.png would be written to a.png.jpg, and there is one."""
-    if split.root is None:
-        return
-    names = [_relative_name(split, index) for index in range(len(split.images))]
-    targets = [_file_name(split, index) for index in range(len(split.images))]
-    new = {target: name for name, target in zip(names, targets, strict=True) if name != target}
-    for name, target in zip(names, targets, strict=True):
-        if new.get(target, name) != name:
-            raise ValueError(f"{split.root}: {new[target]} and {name} would both become {target}; rename one of them")
-
-
-def _write_shard(split: Split, recipe: Recipe, path: Path, group: list[int]) -> list[str]:
-    """Write a shard and its index, unless both are there, or no picture of it is good."""
-    left_out = path.with_name(path.name + ".bad")
-    if tar_index.index_path(path).is_file() or (left_out.is_file() and not path.is_file()):
-        return left_out.read_text("utf-8", "surrogateescape").split("\n") if left_out.is_file() else []
-    bad, labels = [], split.labels
-    temporary = path.with_name(path.name + ".tmp")
-    with tarfile.open(temporary, "w") as tar:
-        for index in group:
-            try:
-                members = _as_member(recipe.shrink(split.images, index), split.images.channels)
-            except OSError as error:
-                bad.append(_one_line(error))
-                continue
-            if labels[index] >= 0:
-                members["cls"] = str(labels[index]).encode()
-            for kind, data in members.items():
-                member = tarfile.TarInfo(f"{index:08}.{kind}")
+        Raises:
+            ValueError: a shard that is there does not match its index.
+            OSError: the shard cannot be written.
+        """
+        images, path = self.splits[split], self._path(split, number)
+        first = number * self.per_shard
+        chosen = seeding.permutation(0, 0, len(images))[first : first + self.per_shard]
+        written, bad = set(), []
+        if path.is_file() and tar_index.index_path(path).is_file():
+            written = {int(PurePosixPath(name).stem) for name in tar_index.open_index(path).names}
+        if not any(self._members(images, [index for index in chosen if index not in written], bad)):
+            return bad
+        bad.clear()  # the whole shard is written, with what an earlier command could not decode
+        with replacing(path, durable=True) as file, tarfile.open(fileobj=file, mode="w") as tar:
+            for name, data in self._members(images, chosen, bad):
+                member = tarfile.TarInfo(name)
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
-    if len(bad) == len(group):
-        temporary.unlink()
-        write_whole(left_out, _as_bytes("\n".join(bad)))
+        tar_index.scan(path).save(path)  # last: it says that the shard is whole
         return bad
-    temporary.replace(path)
-    if bad:
-        write_whole(left_out, _as_bytes("\n".join(bad)))
-    tar_index.scan(path).save(path)  # last: it says that the shard is whole
-    return bad
+
+    def _path(self, split: str, number: int) -> Path:
+        return self.destination / f"{split}-{number:06}.tar"
+
+    def _members(self, images: ImageSet, indices: list[int], bad: list[str]) -> Iterator[tuple[str, bytes]]:
+        """Yield name and content of a shard's files; add a message to `bad` for each image that cannot be decoded."""
+        for index in indices:
+            try:
+                image = images.decoded(
+                    index, lambda content: resize_image(content, channels=images.channels, **self.options)
+                )
+            except OSError as error:
+                bad.append(" ".join(str(error).split()))
+                continue
+            if isinstance(image, np.ndarray):
+                buffer = io.BytesIO()
+                np.save(buffer, image)
+                yield f"{index:08}.npy", buffer.getvalue()
+            else:
+                yield f"{index:08}.{'png' if images.channels == 4 else 'jpg'}", image
+            if images.labels[index] >= 0:
+                yield f"{index:08}.cls", str(images.labels[index]).encode()
+
+    def finish(self, bad: list[str]) -> None:
+        """Write the list of the bad images and `_info.json`, as timm reads it. OSError: they cannot be written.
+
+        Raises:
+            ValueError: no image could be decoded.
+        """
+        write_whole(self.destination / BAD, _encoded("".join(line + "\n" for line in sorted(bad))))
+        info: dict[str, dict] = {}
+        for split in self.splits:
+            shards = sorted(self.destination.glob(f"{split}-*.tar"))
+            lengths = [len(tar_index.open_index(shard).names) for shard in shards]
+            names = [shard.name for shard in shards]
+            if shards:
+                info[split] = {"name": split, "num_samples": sum(lengths), "filenames": names, "shard_lengths": lengths}
+        if not info:
+            raise ValueError(f"{self.source}: no image can be decoded; {self.destination / BAD} says why")
+        classes = next((images.classes for images in self.splits.values() if images.classes), ())
+        write_whole(self.destination / INFO, json.dumps({"splits": info, "classes": list(classes)}, indent=1))
 
 
-def _as_member(picture: Content, channels: int) -> dict[str, bytes]:
-    """Ending and content of the file that holds a picture."""
-    if isinstance(picture, bytes):
-        return {"png" if channels == 4 else "jpg": picture}
-    buffer = io.BytesIO()
-    np.save(buffer, picture)
-    return {"npy": buffer.getvalue()}
-
-
-def _one_line(error: OSError) -> str:
-    return " ".join(str(error).split())
-
-
-def _as_bytes(text: str) -> bytes:
+def _encoded(text: str) -> bytes:
     """Names of files may be in any encoding; the same bytes are written again."""
     return text.encode("utf-8", "surrogateescape")
