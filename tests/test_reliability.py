@@ -127,7 +127,7 @@ def test_within_an_epoch_the_pictures_must_be_the_same(pictures, tmp_path, capsy
     with pytest.raises(SystemExit) as stop:
         pretrain(folder, tmp_path / "run")
     assert stop.value.code == 2
-    assert "within an epoch of 26 pictures, and --data_path has 27" in capsys.readouterr().err
+    assert "within an epoch of 26 images, and --data_path has 27" in capsys.readouterr().err
 
 
 def test_no_step_is_made_of_blank_pictures(pictures, tmp_path, capsys):

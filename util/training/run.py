@@ -93,7 +93,7 @@ class Run:
             provenance.write_config(folder / "config.yaml", description)
         except OSError as error:
             raise ValueError(
-                f"--output_dir {folder}: {Path(error.filename or folder).name} in it cannot be read or written "
+                f"--output_dir {folder}: {Path(error.filename2 or error.filename or folder).name} in it cannot be read or written "
                 f"({error.strerror}); remove it, or name another folder"
             ) from error
         self.saver = Saver(folder, settings.save_every_minutes, settings.keep_last)
