@@ -142,7 +142,7 @@ def test_a_log_with_a_broken_byte_is_mended(pictures, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_started_from(pictures, tmp_path, capsys):
-    pretrain(pictures, tmp_path / "run", "--epochs", 0)
+    main_pretrain.main(flags(pictures, tmp_path / "run", "--epochs", 0))
     saved = content(tmp_path / "run")
     saved["model"]["cls_token"].fill_(float("nan"))
     torch.save(saved, tmp_path / "nan.pth")
