@@ -24,7 +24,7 @@ def read(strategy: Callable | None) -> dict | None:
     wrong = next(_unsaveable(state), None)
     if wrong is not None or not isinstance(state, dict):
         raise ValueError(
-            f"the state_dict of the masking strategy {type(strategy).__name__} holds {type(wrong or state).__name__}: "
+            f"the state_dict of the masking strategy {type(strategy).__name__} holds {type(state if wrong is None else wrong).__name__}: "
             "it must be a dictionary of tensors, numbers, texts, and lists and dictionaries of them"
         )
     return state
