@@ -94,7 +94,8 @@ class Run:
         except OSError as error:
             name = Path(error.filename2 or error.filename or folder).name
             raise ValueError(
-                f"--output_dir {folder}: {name} in it cannot be read or written ({error.strerror}); remove it, or name another folder"
+                f"--output_dir {folder}: {name} in it cannot be read or written ({error.strerror}); "
+                "remove it, or name another folder"
             ) from error
         self.saver = Saver(folder, settings.save_every_minutes, settings.keep_last)
         self.log.say(f"revision {description['revision']}  {description['versions']}")
