@@ -4,14 +4,18 @@ A fault strikes in the given forward passes (counted from 0 in this process) of 
 given; with `once`, only while FILE does not exist. A signal may strike in a `look` instead, two seconds after the
 monitors begin to take features (counted likewise), which then takes a minute. Kinds: a signal's name, sent to the
 process itself; `crash`; `nan`; `orphan`, which kills the launcher; `fill`, which fills the disk of PATH with a file of
-this name, and `free`, which removes it; `unmount`, which takes the file system at PATH away.
+this name, and `free`, which removes it; `unmount`, which takes the file system at PATH away; `kill_worker`, which
+kills a worker of the loader; `few_files`, after which the process can open hardly any more; `overflow`, after which a
+weight is infinite.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -51,6 +55,13 @@ def injected(faults: list[dict]) -> Iterator[None]:
                     fill(Path(fault["path"]))
                 elif fault["kind"] == "unmount":
                     subprocess.run(["umount", "--lazy", fault["path"]], check=True)
+                elif fault["kind"] == "kill_worker":
+                    multiprocessing.active_children()[0].kill()
+                elif fault["kind"] == "few_files":
+                    in_use = max(map(int, os.listdir("/proc/self/fd")))
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 1, in_use + 1))
+                elif fault["kind"] == "overflow":
+                    next(self.parameters()).data.fill_(float("inf"))
                 elif fault["kind"] == "free":
                     Path(fault["path"]).unlink()
                 else:

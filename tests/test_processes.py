@@ -74,8 +74,8 @@ def test_workers_whose_launcher_is_killed_stop_and_continue(pictures, tmp_path):
 
 def test_two_runs_do_not_write_to_one_folder(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lock, "WAIT_S", 0.5)
-    script = "import sys, time; from pathlib import Path; from util import lock; file = lock.hold(Path(sys.argv[1])); "
-    script += "print('held', flush=True); time.sleep(600)"
+    script = "import sys, time; from pathlib import Path; from util.training import lock; "
+    script += "file = lock.hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
     command = [sys.executable, "-c", script, str(tmp_path)]
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment())
     assert other.stdout.readline() == "held\n"

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from faults import injected
-from helpers import ROOT, run_main
+from helpers import ROOT, refusal, run_main
 from runs import assert_same_run, content, flags, pretrain, stopped
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_finetune
 import main_linprobe
+import main_pretrain
 import masking
 from util.distributed import signals
 from util.training import checkpoint
@@ -127,7 +128,7 @@ def test_within_an_epoch_the_pictures_must_be_the_same(pictures, tmp_path, capsy
     with pytest.raises(SystemExit) as stop:
         pretrain(folder, tmp_path / "run")
     assert stop.value.code == 2
-    assert "within an epoch of 26 pictures, and --data_path has 27" in capsys.readouterr().err
+    assert "within an epoch of 26 images, and --data_path has 27" in capsys.readouterr().err
 
 
 def test_no_step_is_made_of_blank_pictures(pictures, tmp_path, capsys):
@@ -265,3 +266,70 @@ def test_other_settings_of_a_continued_run_are_said(pictures, tmp_path, capsys):
     pretrain(pictures, tmp_path, "--epochs", 1, "--masking", "sbam", "--num_workers", 1)
     said = capsys.readouterr().out
     assert "settings that were others before: --masking random -> sbam\n" in said
+
+
+def test_within_an_epoch_the_names_must_be_the_same_and_the_folder_may_move(pictures, tmp_path, capsys):
+    """As many images under other names are refused there, and between epochs said."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    with injected([{"kind": "SIGTERM", "forward": 2}]):
+        stopped(folder, tmp_path / "run")
+    folder = folder.rename(tmp_path / "moved")
+    with injected([{"kind": "SIGTERM", "forward": 2}]):
+        stopped(folder, tmp_path / "run")
+    one = next(folder.rglob("train/**/*.jpg"))
+    one.rename(one.with_name("zzz.jpg"))
+    assert "have other names" in refusal(main_pretrain.main, flags(folder, tmp_path / "run"), capsys)
+    pretrain(folder, tmp_path / "again", "--epochs", 1)
+    one.with_name("zzz.jpg").rename(one)
+    capsys.readouterr()
+    pretrain(folder, tmp_path / "again")
+    assert "the checkpoint is of 26 images, and the 26 of --data_path have other names" in capsys.readouterr().out
+
+
+def test_the_classes_must_be_the_same(pictures, tmp_path, capsys):
+    """A renamed folder would change what the head's outputs mean, also between epochs."""
+    folder = shutil.copytree(pictures, tmp_path / "pictures")
+    given = ["--data_path", folder, "--model", "vit_mini_patch4", "--batch_size", 4, "--num_workers", 0]
+    given += ["--warmup_epochs", 0, "--output_dir", tmp_path / "run", "--epochs"]
+    main_finetune.main([str(value) for value in [*given, 1]])
+    for split in ("train", "val"):
+        (folder / split / "class0").rename(folder / split / "class2")
+    said = refusal(main_finetune.main, [*given, 2], capsys)
+    assert "the first that differs was 'class0' and is 'class1'" in said
+
+
+class Remembers(masking.RandomMasking):
+    """A strategy whose masks depend on how often it was called."""
+
+    def __init__(self, mask_ratio: float = 0.75):
+        super().__init__(mask_ratio)
+        self.calls = torch.zeros((), dtype=torch.float64)
+
+    def __call__(self, tokens, noise=None):
+        self.calls += 1
+        return super().__call__(tokens, (noise + 0.1 * float(self.calls)) % 1)
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"].clone()
+
+
+class Unsaveable(Remembers):
+    """A strategy whose state would need code to be read."""
+
+    def state_dict(self):
+        return {"calls": [np.zeros(1)]}
+
+
+def test_the_state_of_a_masking_strategy_is_saved_and_restored(pictures, tmp_path, capsys):
+    more = ["--masking", "test_reliability:Remembers"]
+    pretrain(pictures, tmp_path / "whole", *more)
+    with injected([{"kind": "SIGTERM", "forward": 8}]):
+        stopped(pictures, tmp_path / "parts", *more)
+    pretrain(pictures, tmp_path / "parts", *more)
+    assert content(tmp_path / "whole")["masking"]["calls"] == content(tmp_path / "parts")["masking"]["calls"] == 14
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    said = refusal(main_pretrain.main, flags(pictures, tmp_path, "--masking", "test_reliability:Unsaveable"), capsys)
+    assert "the state_dict of the masking strategy Unsaveable holds ndarray" in said

@@ -310,7 +310,7 @@ def test_results_of_an_earlier_version_are_adopted_unless_the_checkpoint_is_newe
 def test_a_run_that_another_sweep_is_doing_is_left_to_it(tmp_path):
     path, output = tiny(tmp_path), tmp_path / "o"
     (output / "seed=0").mkdir(parents=True)
-    code = "import sys; from pathlib import Path; from util import lock; held = lock.hold(Path(sys.argv[1])); "
+    code = "import sys; from pathlib import Path; from util.training import lock; held = lock.hold(Path(sys.argv[1])); "
     code += "print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(output / "seed=0")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}

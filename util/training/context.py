@@ -106,9 +106,10 @@ class Context:
             description = provenance.describe(settings.as_dict(), resolved)
             provenance.write_config(folder / "config.yaml", description)
         except OSError as error:
+            name = Path(error.filename2 or error.filename or folder).name
             raise ValueError(
-                f"--output_dir {folder}: {Path(error.filename or folder).name} in it cannot be read or written "
-                f"({error.strerror}); remove it, or name another folder"
+                f"--output_dir {folder}: {name} in it cannot be read or written ({error.strerror}); "
+                "remove it, or name another folder"
             ) from error
         self.log.say(f"revision {description['revision']}  {description['versions']}")
         self.log.say("  ".join(f"{name} {value}" for name, value in resolved.items()))

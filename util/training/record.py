@@ -29,10 +29,15 @@ class Lines:
     Args:
         path: of the file.
         keep: which of its present lines stay.
+
+    Raises:
+        OSError: what stands there is not a file, or cannot be read.
     """
 
     def __init__(self, path: Path, keep: Callable[[str], bool]):
         self._path, self._waiting, self._good_size = path, "", None
+        if path.exists() and not path.is_file():  # a pipe that nobody reads would be waited for
+            raise FileExistsError(errno.EEXIST, "it is not a file", str(path))
         if path.is_file():
             kept = [line for line in path.read_text("utf-8", "replace").splitlines() if keep(line)]
             write_whole(path, "".join(line + "\n" for line in kept))

@@ -23,8 +23,9 @@ def read(strategy: Callable | None) -> dict | None:
     state = strategy.state_dict()
     wrong = next(_unsaveable(state), None)
     if wrong is not None or not isinstance(state, dict):
+        kind = type(state if wrong is None else wrong).__name__
         raise ValueError(
-            f"the state_dict of the masking strategy {type(strategy).__name__} holds {type(wrong or state).__name__}: "
+            f"the state_dict of the masking strategy {type(strategy).__name__} holds {kind}: "
             "it must be a dictionary of tensors, numbers, texts, and lists and dictionaries of them"
         )
     return state
