@@ -65,8 +65,10 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line; exits with status 2 where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder, with train/ and val/ or without; or what --data_path would be")
-    parser.add_argument("destination", nargs="?", help="folder to write; not with --stats")
+    parser.add_argument(
+        "source", type=cli.path_text, help="folder, with train/ and val/ or without; or what --data_path would be"
+    )
+    parser.add_argument("destination", nargs="?", type=cli.path_text, help="folder to write; not with --stats")
     parser.add_argument("--dataset", default="folder", help="of the source, as for pre-training")
     side = parser.add_mutually_exclusive_group()
     side.add_argument("--short_side", type=int, help="pixels of the shorter side")

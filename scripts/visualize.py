@@ -148,9 +148,13 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "inputs", nargs="*", metavar="INPUT", help="a checkpoint (.pth) first, then pictures and folders"
+        "inputs",
+        nargs="*",
+        type=cli.path_text,
+        metavar="INPUT",
+        help="a checkpoint (.pth) first, then pictures and folders",
     )
-    parser.add_argument("--output", type=Path, default=Path("masks.png"), help="PNG or PDF")
+    parser.add_argument("--output", type=cli.path, default=Path("masks.png"), help="PNG or PDF")
     parser.add_argument("--rows", type=int, default=6, help="pictures at most")
     parser.add_argument("--rebuild", help="strategy whose mask is reconstructed; default: the checkpoint's own")
     parser.add_argument("--mask_ratio", type=float, help="default: the checkpoint's")
