@@ -315,12 +315,6 @@ def test_yaml_that_harms(tmp_path, capsys, text, message):
         assert message in str(error.value)
 
 
-def test_yaml_is_loaded_in_one_place():
-    for path in ROOT.rglob("*.py"):
-        if ".venv" not in path.parts and "tests" not in path.parts and path.name != "yaml_files.py":
-            assert "import yaml\n" not in path.read_text(), path
-
-
 @pytest.mark.parametrize("retired", cli._RETIRED)
 def test_flags_of_mae_that_are_not_needed_say_what_replaces_them(retired, capsys):
     for flag in (f"--{retired}", f"--{retired.replace('_', '-')}=1"):
@@ -414,6 +408,14 @@ def test_every_recipe_parses_and_builds(path, monkeypatch):
     else:
         with torch.device("meta"):
             models_vit.build_model(settings, 1000)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_key_of_a_recipe_stands_under_its_kind(path):
+    text = path.read_text()
+    for kind, title in config.KINDS.items():
+        group = text.partition(f"# {title.partition(':')[0]}\n")[2].partition("\n# What ")[0]
+        assert yaml.safe_load(group).keys() <= config.names_of_kind(CLASSES[path.parent.name], kind)
 
 
 @pytest.mark.parametrize("task", CLASSES.values())
