@@ -12,6 +12,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import masking as masking_strategies
 from masking import Mask, RandomMasking
 from util.packing import PackedAttention, PackedLayout
 from util.pos_embed import sincos_2d
@@ -61,7 +62,6 @@ class MaskedAutoencoderViT(nn.Module):
         _check_heads(embed_dim, num_heads, decoder_embed_dim, decoder_num_heads)
         self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
         self.set_masking(masking if masking is not None else RandomMasking())
-        self.mask_stats: dict[str, torch.Tensor] = {}  # diagnostics (N,) of the last forward, for the log
         self.grad_checkpointing = False
         self._dense_block, self._packed_block, self._loss = _dense_block, _packed_block, _masked_mean_squared_error
 
@@ -131,10 +131,27 @@ class MaskedAutoencoderViT(nn.Module):
         with full_fp32(images.device.type):
             return self.patch_embed(images.float()) + self.pos_embed[:, 1:]
 
-    def choose_mask(self, tokens: torch.Tensor, noise: torch.Tensor | None = None) -> Mask:
-        """Ask the strategy about tokens (N, L, D): no gradient, no autocast."""
-        with torch.no_grad(), torch.autocast(tokens.device.type, enabled=False):
-            return self.masking(tokens.detach(), noise=noise)
+    @torch.no_grad()
+    def choose_mask(
+        self,
+        images: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        strategy: Callable[..., Mask] | None = None,
+        **offered,
+    ) -> Mask:
+        """Ask a strategy which patches of `images` (N, C, H, W) to remove: no gradient, no autocast.
+
+        Args:
+            images: normalised.
+            noise: (N, L) in [0, 1), replaces the strategy's own draw.
+            strategy: asked in place of the model's own.
+            offered: what a strategy may need besides the grid, see `masking.NEEDS`.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            strategy = strategy or self.masking
+            reads = masking_strategies.reads_tokens(strategy)
+            tokens = self.embed(images) if reads else self.pos_embed[:, 1:].expand(len(images), -1, -1)
+            return masking_strategies.call(strategy, tokens, noise, grid=self.patch_embed.grid_size, **offered)
 
     def encode(self, tokens: torch.Tensor, mask: Mask | None) -> torch.Tensor:
         """Run the class token and the kept tokens through the encoder.
@@ -171,17 +188,9 @@ class MaskedAutoencoderViT(nn.Module):
                 x = call(block, x)
         return x
 
-    def forward_encoder(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, Mask]:
-        """images (N, C, H, W) -> latent as from `encode`, and the mask.
-
-        The strategy sees all tokens, exact and without gradient; training embeds the kept patches only.
-        """
-        with torch.no_grad():
-            reads = getattr(self.masking, "reads_tokens", True)
-            tokens = self.embed(images) if reads else self.pos_embed[:, 1:].expand(len(images), -1, -1)
-            mask = self.choose_mask(tokens, noise)
-        self.mask_stats = mask.stats
-        return self._encode_kept(self._embed_kept(images, mask), mask), mask
+    def forward_encoder(self, images: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Embed the kept patches of images (N, C, H, W), and encode them -> latent as from `encode`."""
+        return self._encode_kept(self._embed_kept(images, mask), mask)
 
     def _embed_kept(self, images: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Tokens (T, D) of the kept patches, as `embed` has them up to rounding."""
@@ -201,8 +210,17 @@ class MaskedAutoencoderViT(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def forward_loss(self, images: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Mean squared error over the removed tokens of the batch, Eq. 2; mask (N, L), 1 = removed."""
+        """Return the mean squared error over the removed tokens of the batch, Eq. 2; mask (N, L), 1 = removed."""
         return self._loss(self.patchify(images), pred, mask, self.norm_pix_loss)
+
+    def forward_masked(self, images: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode the kept patches of images (N, C, H, W), decode all, compare the removed ones.
+
+        Returns:
+            loss (0-dim), pred (N, L, p_h * p_w * C).
+        """
+        pred = self.forward_decoder(self.forward_encoder(images, mask), mask)
+        return self.forward_loss(images, pred, mask.predicted), pred
 
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor | None = None
@@ -216,9 +234,9 @@ class MaskedAutoencoderViT(nn.Module):
         Returns:
             loss (0-dim), pred (N, L, p_h * p_w * C), mask (N, L) bool, True = removed.
         """
-        latent, mask = self.forward_encoder(images, noise)
-        pred = self.forward_decoder(latent, mask)
-        return self.forward_loss(images, pred, mask.mask), pred, mask.mask
+        mask = self.choose_mask(images, noise)
+        loss, pred = self.forward_masked(images, mask)
+        return loss, pred, mask.mask
 
 
 def _dense_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:

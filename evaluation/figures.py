@@ -69,7 +69,7 @@ def columns(
     salience = masking.token_salience(tokens, temperature).view(-1, *grid).cpu()
     title = "image\n(without channel 4)" if images.shape[1] == 4 else "image"
     found = [drawing.Column(title, images), drawing.Column("salience", salience)]
-    masks = {name: strategy(tokens, noise=noise) for name, strategy in strategies.items()}
+    masks = {name: masking.call(strategy, tokens, noise, grid=grid) for name, strategy in strategies.items()}
     for name, mask in masks.items():
         removed, shares = mask.mask.cpu(), mask.mask.float().mean(dim=1).tolist()
         captions = tuple(f"{share:.0%} removed" for share in shares)
@@ -117,8 +117,9 @@ def salience_statistics(
     share = torch.where(total > 0, salience / total.clamp_min(1e-12), 1 / salience.shape[1])
     entropy = torch.special.entr(share).sum(dim=1) / math.log(salience.shape[1])
     noise = torch.full_like(salience, 0.5)  # counts do not depend on it
+    mask = masking.call(strategy, tokens, noise, grid=model.patch_embed.grid_size)
     return {
         "salient_share": (salience > getattr(strategy, "delta", 0.1)).float().mean(dim=1),
         "salience_entropy": entropy,
-        "mask_ratio": strategy(tokens, noise=noise).mask.float().mean(dim=1),
+        "mask_ratio": mask.mask.float().mean(dim=1),
     }

@@ -3,22 +3,39 @@
 Convention, everywhere in this project: 1 / True = removed (masked), 0 / False = kept.
 """
 
-from masking.base import Mask, available, check, create, draw_noise, keep_count, mask_from_scores, register
+from masking.base import (
+    NEEDS,
+    Mask,
+    available,
+    call,
+    check,
+    create,
+    draw_noise,
+    keep_count,
+    mask_from_scores,
+    reads_tokens,
+    register,
+    remove_highest,
+)
 from masking.salience import SBAM, SBAMAdaptive, adaptive_mask_ratio, token_salience
 from masking.uniform import RandomMasking
 
 __all__ = [
+    "NEEDS",
     "SBAM",
     "Mask",
     "RandomMasking",
     "SBAMAdaptive",
     "adaptive_mask_ratio",
     "available",
+    "call",
     "check",
     "create",
     "draw_noise",
     "keep_count",
     "mask_from_scores",
+    "reads_tokens",
     "register",
+    "remove_highest",
     "token_salience",
 ]

@@ -7,8 +7,10 @@ from fractions import Fraction
 
 import torch
 
-from masking.base import Mask, check_number, check_ratio, draw_noise, keep_count, mask_from_scores, register
+from masking.base import Mask, check_number, check_ratio, check_rounding, draw_noise, keep_count, register
+from masking.cells import Cells, check_cell
 from util.precision import full_fp32
+from util.ratios import exact_ratio
 
 # Column sums average 1; a spread below this is rounding, not salience.
 _FLAT = 1e-5
@@ -30,10 +32,14 @@ def token_salience(tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tens
     with full_fp32(tokens.device.type):
         x = tokens.detach().float()
         affinity = torch.softmax(x @ x.transpose(1, 2) / temperature, dim=-1)  # (N, L, L)
-        salience = affinity.sum(dim=1)  # (N, L)
-        low, high = salience.aminmax(dim=1, keepdim=True)
-        spread = high - low
-        return torch.where(spread > _FLAT, (salience - low) / spread.clamp_min(_FLAT), torch.zeros_like(salience))
+        return min_max(affinity.sum(dim=1))  # (N, L)
+
+
+def min_max(values: torch.Tensor) -> torch.Tensor:
+    """Stretch the values of each image (N, L) to [0, 1]; 0 everywhere for an image whose values are all equal."""
+    low, high = values.aminmax(dim=1, keepdim=True)
+    spread = high - low
+    return torch.where(spread > _FLAT, (values - low) / spread.clamp_min(_FLAT), torch.zeros_like(values))
 
 
 def adaptive_mask_ratio(salience: torch.Tensor, mask_ratio: float, delta_r: float, delta: float) -> torch.Tensor:
@@ -56,74 +62,115 @@ class SBAM:
     """Remove the salient tokens: rank by S + randomness * noise, keep the K lowest, K equal for all images.
 
     Args:
-        mask_ratio: share of tokens removed, in (0, 1).
+        mask_ratio: share of tokens removed, in (0, 1); a number, or an exact fraction such as "32/49".
         randomness: width of the uniform noise added to the salience; 0.5 is the paper's, 0 is its ablation.
         temperature: divides the inner products before the softmax; 1 is the paper's.
         delta: salience above which a token counts as salient (here for the log only).
+        cell: side in patches of the square cells that are removed as a whole. The salience of a cell is the mean of
+            its tokens', min-max-normalised again over the image, so that the noise keeps its relative width.
+        rounding: "kept" rounds the number of kept cells up, as the paper; "removed" that of removed ones, as SimMIM.
     """
 
-    def __init__(self, mask_ratio: float = 0.75, randomness: float = 0.5, temperature: float = 1.0, delta: float = 0.1):
+    def __init__(
+        self,
+        mask_ratio: float | str | Fraction = 0.75,
+        randomness: float = 0.5,
+        temperature: float = 1.0,
+        delta: float = 0.1,
+        cell: int = 1,
+        rounding: str = "kept",
+    ):
         self.mask_ratio = check_ratio("mask_ratio", mask_ratio)
         self.randomness = check_number("randomness", randomness)
         self.temperature = check_number("temperature", temperature, exclusive=True)
         self.delta = check_number("delta", delta)
+        self.cell, self.rounding = check_cell(cell), check_rounding(rounding)
+        if cell > 1:
+            self.needs = frozenset({"grid"})
 
-    def __call__(self, tokens: torch.Tensor, noise: torch.Tensor | None = None) -> Mask:
-        """tokens (N, L, D), noise (N, L) in [0, 1) -> Mask; the tokens with the lowest scores are kept."""
-        salience = token_salience(tokens, self.temperature)
-        scores = salience + self.randomness * draw_noise(tokens, noise)
-        num_salient = (salience > self.delta).sum(dim=1)  # (N,)
-        stats = {"salient_share": num_salient / tokens.shape[1]}
-        return mask_from_scores(scores, self.num_keep(num_salient, tokens.shape[1]), stats)
+    def __call__(
+        self, tokens: torch.Tensor, noise: torch.Tensor | None = None, grid: tuple[int, int] | None = None
+    ) -> Mask:
+        """Mask tokens (N, L, D) by noise (N, L) in [0, 1); the tokens with the lowest scores are kept."""
+        cells = Cells.on(grid, tokens.shape[1], self.cell)
+        by_token = token_salience(tokens, self.temperature)  # (N, L)
+        salience = by_token if self.cell == 1 else min_max(cells.mean(by_token))  # (N, cells)
+        scores = salience + self.randomness * draw_noise(tokens, noise, cells.count)
+        num_salient = (self.counted(by_token, salience) > self.delta).sum(dim=1)  # (N,)
+        stats = {"salient_share": num_salient / self.counted(by_token, salience).shape[1]}
+        return cells.mask(scores, self.num_keep(num_salient, tokens.shape[1], cells.count), stats)
 
-    def num_keep(self, num_salient: torch.Tensor, num_tokens: int) -> int | torch.Tensor:
-        """Kept tokens, one int for all images or (N,), from the number of salient tokens of each image (N,)."""
-        return keep_count(num_tokens, self.mask_ratio)
+    def counted(self, by_token: torch.Tensor, by_cell: torch.Tensor) -> torch.Tensor:
+        """Return the salience, (N, L) of tokens or (N, cells), of which the share of salient ones is taken."""
+        return by_cell
+
+    def num_keep(self, num_salient: torch.Tensor, num_tokens: int, num_cells: int | None = None) -> int | torch.Tensor:
+        """Return the kept cells, one int for all images or (N,), from the salient ones of each image (N,)."""
+        return keep_count(num_cells or num_tokens, self.mask_ratio, self.rounding)
 
 
 @register("sbam_amr")
 class SBAMAdaptive(SBAM):
-    """SBAM whose mask ratio follows each image: Eq. 7 on its own share of salient tokens.
+    """Mask as SBAM, with a mask ratio of each image's own: Eq. 7 on its own share of salient tokens.
 
     Args:
         mask_ratio: base ratio r, in (0, 1).
         delta_r: the ratios lie in [r - delta_r, r + delta_r], which must stay inside (0, 1).
         delta: salience above which a token counts as salient.
-        randomness: as for SBAM.
-        temperature: as for SBAM.
+        randomness, temperature, cell, rounding: as for SBAM.
+        share_of: "cells" or "tokens": of which the share of salient ones is taken where `cell` is above 1.
     """
 
     def __init__(
         self,
-        mask_ratio: float = 0.75,
-        delta_r: float = 0.15,
+        mask_ratio: float | str | Fraction = 0.75,
+        delta_r: float | str | Fraction = 0.15,
         delta: float = 0.1,
         randomness: float = 0.5,
         temperature: float = 1.0,
+        cell: int = 1,
+        rounding: str = "kept",
+        share_of: str = "cells",
     ):
-        super().__init__(mask_ratio, randomness, temperature, delta)
-        self.delta_r = check_number("delta_r", delta_r)
-        low, high = (Fraction(str(self.mask_ratio)) + sign * Fraction(str(self.delta_r)) for sign in (-1, 1))
+        super().__init__(mask_ratio, randomness, temperature, delta, cell, rounding)
+        try:
+            self.delta_r = exact_ratio(delta_r)
+        except ValueError as error:
+            raise ValueError(f"delta_r is {delta_r!r}; it must be a number of at least 0") from error
+        check_number("delta_r", float(self.delta_r))
+        if share_of not in ("cells", "tokens"):
+            raise ValueError(f"share_of is {share_of!r}; choose cells or tokens")
+        self.share_of = share_of
+        low, high = self.mask_ratio - self.delta_r, self.mask_ratio + self.delta_r
         if low <= 0 or high >= 1:
             raise ValueError(
-                f"mask_ratio {self.mask_ratio:g} with delta_r {self.delta_r:g} gives ratios from {float(low):g} to "
-                f"{float(high):g}; all must lie between 0 and 1: lower delta_r or move mask_ratio towards 0.5"
+                f"mask_ratio {float(self.mask_ratio):g} with delta_r {float(self.delta_r):g} gives ratios from "
+                f"{float(low):g} to {float(high):g}; all must lie between 0 and 1: lower delta_r or move mask_ratio "
+                "towards 0.5"
             )
 
-    def num_keep(self, num_salient: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """(N,) counts of salient tokens -> (N,) kept tokens."""
-        return _amr_keep_table(num_tokens, self.mask_ratio, self.delta_r, num_salient.device)[num_salient]
+    def counted(self, by_token: torch.Tensor, by_cell: torch.Tensor) -> torch.Tensor:
+        """Return the salience, (N, L) of tokens or (N, cells), of which the share of salient ones is taken."""
+        return by_cell if self.share_of == "cells" else by_token
+
+    def num_keep(self, num_salient: torch.Tensor, num_tokens: int, num_cells: int | None = None) -> torch.Tensor:
+        """Return the kept cells (N,) from the counts of salient tokens or cells (N,)."""
+        num_cells = num_cells or num_tokens
+        of = num_cells if self.share_of == "cells" else num_tokens
+        ratios = self.mask_ratio, self.delta_r
+        return _amr_keep_table(of, num_cells, *ratios, self.rounding, num_salient.device)[num_salient]
 
 
 @functools.lru_cache(maxsize=64)
-def _amr_keep_table(num_tokens: int, mask_ratio: float, delta_r: float, device: torch.device) -> torch.Tensor:
-    """(L + 1,) kept tokens for 0..L salient ones: Eq. 7 and K in exact arithmetic, the same on every device."""
-    low = Fraction(str(mask_ratio)) - Fraction(str(delta_r))
-    step = 2 * Fraction(str(delta_r)) / num_tokens
-    table = [keep_count(num_tokens, low + step * salient) for salient in range(num_tokens + 1)]
-    if min(table) < 1 or max(table) >= num_tokens:
+def _amr_keep_table(
+    of: int, num_cells: int, mask_ratio: Fraction, delta_r: Fraction, rounding: str, device: torch.device
+) -> torch.Tensor:
+    """Return (of + 1,) kept cells for 0..of salient ones: Eq. 7 and K in exact arithmetic, alike on every device."""
+    low, step = mask_ratio - delta_r, 2 * delta_r / of
+    table = [keep_count(num_cells, low + step * salient, rounding) for salient in range(of + 1)]
+    if min(table) < 1 or max(table) >= num_cells:
         raise ValueError(
-            f"mask_ratio {mask_ratio:g} with delta_r {delta_r:g} can keep {min(table)} to {max(table)} of {num_tokens} "
-            "tokens; at least one must be kept and one removed: lower delta_r, or use more patches"
+            f"mask_ratio {float(mask_ratio):g} with delta_r {float(delta_r):g} can keep {min(table)} to {max(table)} "
+            f"of {num_cells} tokens; at least one must be kept and one removed: lower delta_r, or use more patches"
         )
     return torch.tensor(table, dtype=torch.int64, device=device)

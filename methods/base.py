@@ -1,16 +1,185 @@
-"""Builders shared by the methods: the model, the masking strategy, the normalisation of the settings."""
+"""What a pre-training method is, the registry of methods, and the builders that they share.
+
+A method is one file and one registration: how a picture becomes views, which tokens of them are removed, and what the
+loss is. Everything else (data, steps, accumulation, processes, checkpoints, resuming) is the same for all.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
 
 import masking
 import models_mae
 from util import cli
 from util.config import PretrainSettings
 from util.data import transforms
+from util.registry import Registry
+from util.training.averages import Averages
+from util.training.step import At, Loss
+
+__all__ = ["At", "Inputs", "Loss", "Method", "Plan", "available", "create", "from_settings", "register"]
+
+_REGISTRY = Registry("method")
+register, available, create = _REGISTRY.register, _REGISTRY.available, _REGISTRY.create
+
+
+class Inputs(NamedTuple):
+    """A micro-batch on the device.
+
+    Attributes:
+        views: (N, C, H_v, W_v) each, normalised. A masked autoencoder has one.
+        noise: (N, L) in [0, 1), what the masks draw, a function of (seed, step).
+        index: (N,) int64, number of each picture in the data set.
+        boxes: what the views say of their crops, or None.
+        targets: (N,) classes or (N, classes) probabilities, of labelled images only.
+    """
+
+    views: list[torch.Tensor]
+    noise: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+    boxes: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a micro-batch before its forward pass. A method may add to it what its forward needs.
+
+    Attributes:
+        counts: number of terms of each loss, 0-dim, under the names that `forward` returns.
+        mask: which tokens are removed, or None.
+        extra: what else `forward` needs, such as a teacher's outputs.
+        stats: numbers (N,) of each image for the log.
+    """
+
+    counts: dict[str, torch.Tensor]
+    mask: masking.Mask | None = None
+    extra: dict = field(default_factory=dict)
+    stats: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def log(self, averages: Averages) -> None:
+        """Add what the log says of this plan."""
+        if self.mask is not None:
+            removed, num_tokens = self.mask.mask.sum(dim=1), self.mask.mask.shape[1]  # (N,)
+            averages.add_range("mask_ratio", removed / num_tokens)
+            averages.add_range("kept_tokens", num_tokens - removed)
+        for name, values in self.stats.items():
+            averages.add(name, values.sum(), len(values))
+
+
+class Method(nn.Module):
+    """A pre-training method. A subclass implements `choose` and `forward`; the other hooks do nothing by default.
+
+    Everything outside `model` that is a parameter or a buffer (a teacher, centres, heads) is saved in
+    `checkpoint["method"]` and restored bit for bit.
+
+    Args:
+        model: what is probed, fine-tuned and exported: `model` of the checkpoint.
+        strategy: chooses the masks.
+
+    Attributes:
+        views: picture -> tuple of tensors, in the loader's workers.
+        normalize: pixels -> the model's input, on the device.
+        masking_warmup_epochs: epochs of random masking before `strategy` begins.
+        clip_each: `--clip_grad` limits the norm of each parameter's gradient, not that of the whole.
+        offers: what a strategy may need (`masking.NEEDS`) and this method gives.
+        shown: averages that stand in each line on the terminal.
+    """
+
+    clip_each = False
+    offers: frozenset[str] = frozenset({"grid", "progress"})
+    shown: tuple[str, ...] = ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "grad_norm")
+
+    def __init__(self, model: nn.Module, strategy: masking.base.Strategy | None = None):
+        super().__init__()
+        self.model = model
+        object.__setattr__(self, "strategy", strategy)  # no submodule, whatever it is
+        self.views: Callable | None = None
+        self.normalize: transforms.Normalize | None = None
+        self.masking_warmup_epochs = 0
+        self._warmup: masking.base.Strategy | None = None
+
+    @classmethod
+    def from_settings(cls, settings: PretrainSettings, **options) -> Method:
+        """Build the method that the settings describe, on the current default device; `options` are its own.
+
+        Raises:
+            ValueError: it cannot be built, or the strategy needs what it does not give.
+        """
+        model, strategy = build_model(settings), create_strategy(settings)
+        check_strategy(strategy, model, cls.offers, f"--method {settings.method}")
+        method = _REGISTRY.call(settings.method, cls, options, (model, strategy))
+        method.masking_warmup_epochs = settings.masking_warmup_epochs
+        method._warmup = masking.create("random", mask_ratio=settings.mask_ratio)
+        size, scale = model.patch_embed.img_size, tuple(settings.crop_scale)
+        method.views = transforms.pretrain_transform(size, scale, settings.hflip, settings.exact_resize)
+        method.normalize = transforms.Normalize(*channel_statistics(settings))
+        return method
+
+    def inputs(self, batch: list[torch.Tensor], noise: torch.Tensor, index: torch.Tensor) -> Inputs:
+        """Normalise on the device what `views` made of the pictures in the workers.
+
+        Args:
+            batch: the collated tuples of `views`, on the device; here pixels (N, H, W, C) uint8 and flips (N,) bool.
+            noise, index: as in `Inputs`.
+        """
+        pixels, flips = batch
+        return Inputs([self.normalize(pixels.permute(0, 3, 1, 2).contiguous(), flips)], noise, index)
+
+    def strategy_at(self, at: At) -> masking.base.Strategy:
+        """Return the strategy of this step: random masking during the warm-up."""
+        return self._warmup if at.epoch < self.masking_warmup_epochs else self.strategy
+
+    def choose(self, inputs: Inputs, at: At) -> Plan:
+        """Choose the masks of a micro-batch, and count the terms of each loss. No gradient, not compiled."""
+        raise NotImplementedError
+
+    def forward(self, inputs: Inputs, plan: Plan, at: At) -> dict[str, Loss]:
+        """Compute each loss term of a micro-batch, weights included; under autocast."""
+        raise NotImplementedError
+
+    def schedule(self, at: At, lr: float, weight_decay: float) -> tuple[float, float]:
+        """Return learning rate and weight decay of this step, given those of the settings; a function of `at`."""
+        return lr, weight_decay
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """Return the optimizer's parameter groups; 1-D tensors and biases are not decayed, tokens are (MAE)."""
+        return param_groups_weight_decay(self, weight_decay)
+
+    def on_gradients(self, at: At) -> None:
+        """Change the gradients before they are clipped; None in place of one freezes its parameter for this step."""
+
+    def after_step(self, at: At, taken: torch.Tensor) -> None:
+        """Move teacher and centres. `taken` is 0-dim, on the device: a step that was skipped must change nothing."""
+
+    def after_epoch(self, at: At, images) -> None:
+        """Do what is due between two epochs, such as attention maps of all `images`."""
+
+    def side_state(self) -> dict[str, torch.Tensor]:
+        """Return the state outside `model`, for `checkpoint["method"]`."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("model.")}
+
+    def load_side_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Restore what `side_state` returned; names and shapes have been checked."""
+        self.load_state_dict(state, strict=False)
+
+
+def from_settings(settings: PretrainSettings) -> Method:
+    """Build the method that `--method`, `--method_args` and the other settings describe."""
+    found = _REGISTRY.find(settings.method)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise ValueError(f"--method {settings.method}: is no subclass of methods.Method")
+    return found.from_settings(settings, **cli.parse_options(settings.method_args, "method_args"))
 
 
 def build_model(settings: PretrainSettings) -> models_mae.MaskedAutoencoderViT:
-    """The model, still with random masking; on the current default device."""
+    """Build the masked autoencoder of the settings, on the current default device."""
     sizes = {"img_size": settings.size("input_size"), "patch_size": settings.size("patch_size")}
     given = {name: size for name, size in sizes.items() if size is not None}
     return models_mae.create_model(
@@ -19,11 +188,19 @@ def build_model(settings: PretrainSettings) -> models_mae.MaskedAutoencoderViT:
 
 
 def create_strategy(settings: PretrainSettings) -> masking.base.Strategy:
-    """The masking strategy with its own options."""
+    """Build the masking strategy with its own options."""
     options = {"mask_ratio": settings.mask_ratio} | cli.parse_options(settings.masking_args)
     return masking.create(settings.masking, **options)
 
 
+def check_strategy(
+    strategy: masking.base.Strategy, model: nn.Module, offers: frozenset[str] = Method.offers, giver: str = "this model"
+) -> None:
+    """ValueError if `strategy` cannot mask the images of `model`, or needs what is not among `offers`."""
+    grid, width = model.patch_embed.grid_size, model.cls_token.shape[-1]
+    masking.check(strategy, model.patch_embed.num_patches, width, grid=grid, offers=offers, giver=giver)
+
+
 def channel_statistics(settings: PretrainSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation for normalisation."""
+    """Return mean and deviation for normalisation."""
     return transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)

@@ -21,7 +21,7 @@ from util.training import checkpoint
 def test_flops_are_those_that_torch_counts():
     """All patches embedded once, encoder over 16 of 64, decoder over 65; backward is twice forward."""
     model, images = tiny_mae(), varied_images(3)
-    mask = model.choose_mask(model.embed(images))
+    mask = model.choose_mask(images)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model.forward_decoder(model.encode(model.embed(images), mask), mask)
     assert training_flops(model, [16, 16, 16]) == 3 * counter.get_total_flops()

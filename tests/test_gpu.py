@@ -46,11 +46,11 @@ def photographs(count: int) -> torch.Tensor:
 def test_masks_and_salience_equal_the_cpus(name):
     model, images, noise = base_model(name).cpu(), photographs(6), torch.rand(6, 196)
     tokens = model.embed(images)
-    expected, salience = model.choose_mask(tokens, noise), masking.token_salience(tokens)
+    expected, salience = model.choose_mask(images, noise), masking.token_salience(tokens)
     model.to(GPU)
     with torch.autocast("cuda", torch.bfloat16):
         tokens = model.embed(images.to(GPU))
-        found = model.choose_mask(tokens, noise.to(GPU))
+        found = model.choose_mask(images.to(GPU), noise.to(GPU))
         torch.testing.assert_close(masking.token_salience(tokens).cpu(), salience, rtol=1e-4, atol=1e-4)
     assert torch.equal(found.mask.cpu(), expected.mask)
 

@@ -219,7 +219,11 @@ def test_keeping_none_or_all_is_an_error(num_keep):
     [
         ("random", {"mask_ratio": 1.0}, "mask_ratio is 1.0"),
         ("random", {"mask_ratio": 0}, "between 0 and 1"),
-        ("random", {"mask_ratio": "0.5"}, "must be a number"),
+        ("random", {"mask_ratio": "half"}, "must be a number"),
+        ("random", {"mask_ratio": "49/49"}, "between 0 and 1"),
+        ("random", {"cell": 0}, "cell is 0"),
+        ("sbam", {"rounding": "up"}, "rounding is 'up'"),
+        ("sbam_amr", {"share_of": "images"}, "choose cells or tokens"),
         ("sbam", {"mask_ratio": float("nan")}, "between 0 and 1"),
         ("sbam", {"randomness": -1}, "randomness is -1"),
         ("sbam", {"temperature": 0}, "temperature is 0"),

@@ -96,9 +96,10 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
-        self.register_buffer("scale", 1 / torch.tensor(std).view(1, -1, 1, 1))
-        self.register_buffer("byte_scale", 1 / (255 * torch.tensor(std).view(1, -1, 1, 1)))
-        self.register_buffer("shift", -(torch.tensor(mean) / torch.tensor(std)).view(1, -1, 1, 1))
+        keep = {"persistent": False}  # they belong to the settings, not to the weights
+        self.register_buffer("scale", 1 / torch.tensor(std).view(1, -1, 1, 1), **keep)
+        self.register_buffer("byte_scale", 1 / (255 * torch.tensor(std).view(1, -1, 1, 1)), **keep)
+        self.register_buffer("shift", -(torch.tensor(mean) / torch.tensor(std)).view(1, -1, 1, 1), **keep)
 
     def forward(self, images: torch.Tensor, flips: torch.Tensor | None = None) -> torch.Tensor:
         """images: (N, C, H, W), `uint8` or floats; flips: (N,) bool, which of them to flip horizontally."""
