@@ -21,6 +21,7 @@ import main_pretrain
 import masking
 import models_mae
 import models_vit
+from evaluation import checkpoints, figures
 from methods import base
 from studies import sweep
 from util import cli, config, ratios
@@ -254,6 +255,15 @@ def test_entries_of_a_mapping_are_changed_one_by_one(tmp_path):
     assert (len(both.masking_args), both.method_args) == (5, ["ratio=32/49", "a=1"])
     with pytest.raises(ValueError, match=r"--method_args 0\.3: write name=value"):
         cli.parse_options(["0.3"], "method_args")
+
+
+def test_a_ratio_as_a_fraction_goes_through_a_run(tmp_path):
+    flags = ["--mask_ratio", "3/16", "--epochs", "0", "--num_workers", "0", "--output_dir", str(tmp_path)]
+    main_pretrain.main([*PRETRAIN, "--input_size", "16", *flags])
+    assert cli.parse(PretrainSettings, ["--config", str(tmp_path / "config.yaml")]).mask_ratio == "3/16"
+    opened = checkpoints.open_checkpoint(tmp_path / "checkpoint-last.pth", "cpu")
+    strategies = figures.standard_strategies(opened.settings, opened.strategy, 16)
+    assert {strategies[name](torch.zeros(1, 16, 8)).num_keep.item() for name in ("random", "sbam")} == {13}
 
 
 def test_a_flag_before_the_file_wins_too(tmp_path):
