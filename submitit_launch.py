@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = check_task(given, task_argv)
     folder = Path(given.job_dir or settings.output_dir).resolve()
     with cli.exit_on_user_error():
-        check_printable("job_dir" if given.job_dir else "output_dir", str(folder))
+        cli.check_printable("job_dir" if given.job_dir else "output_dir", str(folder))
     if settings.output_dir == TASKS[given.task]().output_dir:  # neither a flag nor the file names one
         task_argv += ["--output_dir", str(folder)]
     if given.cluster == "local":
@@ -69,13 +69,7 @@ def check(given: argparse.Namespace) -> None:
     if given.cluster == "local" and given.nodes > 1:
         raise ValueError(f"--nodes {given.nodes}: --cluster local is this machine alone; leave it out")
     for name in ("job_name", *SLURM_FLAGS):
-        check_printable(name, getattr(given, name) or "")
-
-
-def check_printable(name: str, value: str) -> None:
-    """ValueError for a line break or another control character: it would end the #SBATCH line that holds the value."""
-    if not value.isprintable():
-        raise ValueError(f"--{name} {value!r}: has a control character, such as a line break; take it out")
+        cli.check_printable(name, getattr(given, name) or "")
 
 
 def check_task(given: argparse.Namespace, task_argv: list[str]) -> Settings:

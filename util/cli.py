@@ -125,6 +125,12 @@ def path_text(text: str) -> str:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def check_printable(name: str, value: str) -> None:
+    """ValueError for a line break or another control character: it would end the #SBATCH line that holds the value."""
+    if not value.isprintable():
+        raise ValueError(f"--{name} {value!r}: has a control character, such as a line break; take it out")
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a ValueError into its message on stderr and exit status 2."""
