@@ -49,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         check(given)
     settings = check_task(given, task_argv)
     folder = Path(given.job_dir or settings.output_dir).resolve()
+    with cli.exit_on_user_error():
+        cli.check_printable("job_dir" if given.job_dir else "output_dir", str(folder))
     if settings.output_dir == TASKS[given.task]().output_dir:  # neither a flag nor the file names one
         task_argv += ["--output_dir", str(folder)]
     if given.cluster == "local":
@@ -66,6 +68,8 @@ def check(given: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {value}: must be at least 1")
     if given.cluster == "local" and given.nodes > 1:
         raise ValueError(f"--nodes {given.nodes}: --cluster local is this machine alone; leave it out")
+    for name in ("job_name", *SLURM_FLAGS):
+        cli.check_printable(name, getattr(given, name) or "")
 
 
 def check_task(given: argparse.Namespace, task_argv: list[str]) -> Settings:
@@ -156,7 +160,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=int, default=4320, help="minutes until the job is queued again")
     parser.add_argument("--mem", type=int, help="GB per machine; default: the partition's")
     parser.add_argument("--cpus_per_task", type=int, default=10, help="cores per process")
-    parser.add_argument("--job_dir", help="folder for SLURM's logs and the default --output_dir")
+    parser.add_argument("--job_dir", type=cli.path_text, help="folder for SLURM's logs and the default --output_dir")
     parser.add_argument("--job_name", default="mae", help="name in the queue")
     parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm", help="local runs here, without SLURM")
     parser.add_argument("--dry_run", action="store_true", help="print what would be submitted, and stop")

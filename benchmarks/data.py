@@ -22,7 +22,7 @@ from torchvision.transforms import InterpolationMode
 
 from benchmarks import report, timing
 from benchmarks.pictures import write_jpegs
-from util import seeding
+from util import cli, seeding
 from util.data import crop, decode
 from util.data.datasets import ImageSet
 from util.data.resize import resize_image
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--pictures", type=int, default=28, help="JPEGs that one round goes through")
     parser.add_argument("--rounds", type=int, default=15, help="rounds, in each of which every contender runs once")
     parser.add_argument("--compared", type=int, default=200, help="crops whose pixels are compared")
-    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--json", type=cli.path_text, help="file for the numbers")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from benchmarks import report
 from benchmarks.contenders import Ours
 from benchmarks.timing import Spread, wait_for_device
 from benchmarks.training import MODELS
-from util import precision
+from util import cli, precision
 from util.config import PretrainSettings
 from util.training import checkpoint
 from util.training.saver import Saver
@@ -29,8 +29,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=256 if gpu else 8)
     parser.add_argument("--steps", type=int, default=40 if gpu else 8, help="should last longer than a write")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--folder", help="on the disk to measure; default: the one for temporary files")
-    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument(
+        "--folder", type=cli.path_text, help="on the disk to measure; default: the one for temporary files"
+    )
+    parser.add_argument("--json", type=cli.path_text, help="file for the numbers")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if gpu else "cpu")
     environment = report.environment()

@@ -14,7 +14,7 @@ from benchmarks import report
 from benchmarks.contenders import Contender, Ours, SpreadCounts, hugging_face, plain_mae
 from benchmarks.measure import matmul_peak, peak_memory, training_flops
 from benchmarks.timing import Spread, interleave, ratio, short
-from util import precision
+from util import cli, precision
 
 MODELS = {"base": "mae_vit_base_patch16", "large": "mae_vit_large_patch16", "small": "mae_vit_small_patch16"}
 REFERENCE = "random"
@@ -60,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--clock", choices=sorted(CLOCKS), default="wall", help="cpu: for a machine that others use too"
     )
-    parser.add_argument("--json", help="file for the numbers")
+    parser.add_argument("--json", type=cli.path_text, help="file for the numbers")
     return parser.parse_args(argv)
 
 

@@ -11,11 +11,12 @@ import masking
 from evaluation import drawing
 from util.config import PretrainSettings
 from util.data import transforms
+from util.ratios import exact_ratio
 
 
 def standard_strategies(settings: PretrainSettings, own: masking.base.Strategy, num_patches: int) -> dict:
     """The three strategies at the run's mask ratio and temperature; `own` replaces its namesake, or comes as "own"."""
-    ratio = settings.mask_ratio
+    ratio = float(exact_ratio(settings.mask_ratio))
     # All of AMR's ratios must leave at least one token and remove one.
     width = max(0.0, round(min(0.15, ratio - 1 / num_patches, 0.99 - ratio), 6))
     shared = {"mask_ratio": ratio, "temperature": temperature_of(own)}

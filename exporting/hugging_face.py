@@ -13,6 +13,7 @@ import models_mae
 from exporting import tensor_names
 from exporting.exportable import Exportable, json_object, load_tensors
 from methods import base
+from util.ratios import exact_ratio
 
 HUGGING_FACE_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 
@@ -51,7 +52,7 @@ def hugging_face_config(found: Exportable) -> dict[str, Any]:
         "decoder_num_hidden_layers": len(model.decoder_blocks),
         "decoder_num_attention_heads": model.decoder_blocks[0].attn.num_heads,
         "decoder_intermediate_size": model.decoder_blocks[0].mlp.fc1.out_features,
-        "mask_ratio": found.settings.mask_ratio,
+        "mask_ratio": float(exact_ratio(found.settings.mask_ratio)),
         "norm_pix_loss": found.settings.norm_pix_loss,
     }
 

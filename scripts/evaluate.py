@@ -13,13 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from evaluation import measure
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from evaluation import checkpoints
+from evaluation import checkpoints, measure
 from util import cli
 from util.files import write_whole
 
@@ -80,9 +78,11 @@ def open_model(given: argparse.Namespace) -> checkpoints.Opened:
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="of pre-training, fine-tuning or probing, or published by MAE")
+    parser.add_argument(
+        "checkpoint", nargs="?", type=cli.path_text, help="of pre-training, fine-tuning or probing, or published by MAE"
+    )
     parser.add_argument("--metrics", nargs="+", choices=measure.METRICS, default=list(measure.METRICS[:-1]))
-    parser.add_argument("--output", help="JSON file for the numbers")
+    parser.add_argument("--output", type=cli.path_text, help="JSON file for the numbers")
     parser.add_argument("--neighbours", type=int, default=10, help="k of k-NN")
     parser.add_argument(
         "--pool", choices=["mean", "cls"], default="mean", help="features: mean of patch tokens, or cls"
@@ -91,7 +91,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--val_images", type=int, help="at most so many, evenly spread; default: all")
     parser.add_argument("--model", help="architecture; without a checkpoint: untrained")
     parser.add_argument("--dataset", help="folder or digits; default: the checkpoint's")
-    parser.add_argument("--data_path", help="folder with train/<class>/ and val/<class>/; default: the checkpoint's")
+    parser.add_argument(
+        "--data_path", type=cli.path_text, help="folder with train/<class>/ and val/<class>/; default: the checkpoint's"
+    )
     parser.add_argument(
         "--input_size", type=int, nargs="+", help="side, or height and width, where no checkpoint tells"
     )

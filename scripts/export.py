@@ -12,13 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from exporting import hugging_face
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors import SafetensorError
 
-from exporting import formats
+from exporting import formats, hugging_face
 from util import cli
 
 
@@ -57,11 +55,11 @@ def check_output(given: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="file, or folder with --from hf")
+    parser.add_argument("checkpoint", type=cli.path_text, help="file, or folder with --from hf")
     direction = parser.add_mutually_exclusive_group(required=True)
     direction.add_argument("--to", choices=formats.FORMATS, help="format to write")
     direction.add_argument("--from", dest="source", choices=formats.FORMATS, help="format to read; ours is written")
-    parser.add_argument("--output", type=Path, required=True, help="file, or folder with --to hf")
+    parser.add_argument("--output", type=cli.path, required=True, help="file, or folder with --to hf")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     parser.add_argument("--model", help="name of the architecture, where the checkpoint does not tell")
     parser.add_argument(

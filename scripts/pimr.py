@@ -39,14 +39,16 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help="CSV: results.csv of scripts/sweep.py, or any with the three columns below")
+    parser.add_argument(
+        "table", type=cli.path_text, help="CSV: results.csv of scripts/sweep.py, or any with the three columns below"
+    )
     parser.add_argument("--metric", default="knn", help="column of accuracies, in percent")
     parser.add_argument("--method", default="masking", help="column that names the method")
     parser.add_argument("--ratio", default="mask_ratio", help="column of mask ratios")
     parser.add_argument(
         "--where", nargs="+", default=[], metavar="NAME=VALUE", help="only these rows, such as checkpoint=last"
     )
-    parser.add_argument("--plot", type=Path, help="PNG or PDF: accuracies, PIMR, Global PIMR")
+    parser.add_argument("--plot", type=cli.path, help="PNG or PDF: accuracies, PIMR, Global PIMR")
     return parser
 
 

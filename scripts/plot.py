@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help="results.csv of scripts/sweep.py")
+    parser.add_argument("table", type=cli.path_text, help="results.csv of scripts/sweep.py")
     parser.add_argument("--x", default="mask_ratio", help="column of the horizontal axis")
     parser.add_argument("--y", nargs="+", default=["knn"], help="columns to draw, a panel each")
     parser.add_argument("--lines", help="column whose values are lines, such as masking")
@@ -44,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--where", nargs="+", default=[], metavar="NAME=VALUE", help="only these rows, such as checkpoint=last"
     )
     parser.add_argument("--pimr", action="store_true", help="also PIMR and Global PIMR, as in the SBAM paper's Fig. 3")
-    parser.add_argument("--output", type=Path, help="PNG or PDF; default: beside the table")
+    parser.add_argument("--output", type=cli.path, help="PNG or PDF; default: beside the table")
     return parser
 
 

@@ -298,8 +298,8 @@ def gather(runs: list[trial.SweepRun], output: Path, keys: list[str]) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sweep", help="YAML file, see studies/sweep.py and configs/sweeps/")
-    parser.add_argument("--output", help="folder for all runs; default: the file's")
+    parser.add_argument("sweep", type=cli.path_text, help="YAML file, see studies/sweep.py and configs/sweeps/")
+    parser.add_argument("--output", type=cli.path_text, help="folder for all runs; default: the file's")
     parser.add_argument("--parallel", type=int, help="runs at a time; default: 1, on SLURM all")
     parser.add_argument("--ngpus", type=int, default=1, help="GPUs, and processes, of a run")
     parser.add_argument("--dry_run", action="store_true", help="print the commands that are left")

@@ -31,6 +31,7 @@ import torch  # noqa: E402
 import torch.utils.tensorboard  # noqa: E402
 
 import main_pretrain  # noqa: E402
+from util import cli  # noqa: E402
 from util.training import checkpoint  # noqa: E402
 
 CASES = [  # (strategy, workers, processes)
@@ -64,7 +65,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs, and half as many SIGTERMs, over all cases")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--report", help="JSON file for the tallies")
+    parser.add_argument("--report", type=cli.path_text, help="JSON file for the tallies")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     rng, tallies = random.Random(arguments.seed), []

@@ -12,17 +12,16 @@ import argparse
 import sys
 from pathlib import Path
 
-from evaluation import measure
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 
 import masking
-from evaluation import checkpoints, drawing, figures
+from evaluation import checkpoints, drawing, figures, measure
 from util import cli
 from util.data import datasets, sources, transforms
+from util.ratios import exact_ratio
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,7 +84,7 @@ def open_model(given: argparse.Namespace) -> tuple[checkpoints.Opened, list[str]
     names = ("model", "input_size", "patch_size", "in_chans", "norm_pix_loss")
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     if given.mask_ratio is not None:
-        changes |= {"mask_ratio": given.mask_ratio}
+        changes |= {"mask_ratio": str(given.mask_ratio)}
     first, *rest = given.inputs or [""]
     if first.endswith((".pth", ".pt")):
         return checkpoints.open_checkpoint(first, given.device, **changes), rest
@@ -148,12 +147,16 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "inputs", nargs="*", metavar="INPUT", help="a checkpoint (.pth) first, then pictures and folders"
+        "inputs",
+        nargs="*",
+        type=cli.path_text,
+        metavar="INPUT",
+        help="a checkpoint (.pth) first, then pictures and folders",
     )
-    parser.add_argument("--output", type=Path, default=Path("masks.png"), help="PNG or PDF")
+    parser.add_argument("--output", type=cli.path, default=Path("masks.png"), help="PNG or PDF")
     parser.add_argument("--rows", type=int, default=6, help="pictures at most")
     parser.add_argument("--rebuild", help="strategy whose mask is reconstructed; default: the checkpoint's own")
-    parser.add_argument("--mask_ratio", type=float, help="default: the checkpoint's")
+    parser.add_argument("--mask_ratio", type=exact_ratio, help="such as 0.75 or 32/49; default: the checkpoint's")
     parser.add_argument("--seed", type=int, default=0, help="of the masks' noise")
     parser.add_argument("--crop_pct", type=float, default=1.0, help="centre crop over resized side")
     parser.add_argument("--dataset", choices=["digits"], help="the built-in digits instead of pictures")

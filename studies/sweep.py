@@ -22,9 +22,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from studies.trial import LAST, Step, SweepRun, text_of
+from util import yaml_files
+from util.files import expand_home
 from util.suggest import check_known
 
 KEYS = ("output", "pretrain", "grid", "adjust", "skip", "checkpoints", "measure")
@@ -38,15 +38,13 @@ _LISTS = {
 
 def load(path: str | Path) -> dict[str, Any]:
     """A sweep file, checked. ValueError, in one sentence, for anything that cannot be one."""
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict) or not isinstance(content.get("grid"), dict):
+    content = yaml_files.load(path)
+    if not isinstance(content.get("grid"), dict):
         raise ValueError(f"{path}: a sweep file needs the keys output, pretrain, grid and measure")
     try:
         _check_form(content)
         _check_grid(content)
+        content["output"] = expand_home(str(content["output"]))
     except ValueError as error:
         raise ValueError(f"{path}: {str(error).removeprefix('--key ')}") from error
     return content

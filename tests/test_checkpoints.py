@@ -139,7 +139,7 @@ def test_visualize_draws_checkpoints_and_untrained_models(tmp_path, capsys):
         ("evaluate", [*DIGITS, "--neighbours", "0"], "--neighbours 0: must be at least 1"),
         ("evaluate", [], "name a CHECKPOINT, or an untrained --model"),
         ("evaluate", ["--model", "mae_vit_mini_patch4", "--data_path", "/nowhere"], "there is no such folder"),
-        ("sweep", ["none.yaml"], "none.yaml: cannot be read as YAML"),
+        ("sweep", ["none.yaml"], "none.yaml: cannot be read (No such file"),
         ("plot", ["none.csv"], "none.csv: cannot be read"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import runpy
 import subprocess
 import sys
 from fractions import Fraction
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers import ROOT, environment, run_main, tiny_mae, write_pictures
+from helpers import ROOT, environment, refusal, run_main, tiny_mae, write_pictures
 
 import main_finetune
 import main_linprobe
@@ -20,9 +21,12 @@ import main_pretrain
 import masking
 import models_mae
 import models_vit
+from evaluation import checkpoints, figures
 from methods import base
+from studies import sweep
 from util import cli, config, ratios
 from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings
+from util.suggest import nearest
 
 
 def test_the_command_line_overrides_the_file(tmp_path):
@@ -204,13 +208,176 @@ def test_the_exit_status_of_the_process(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-def test_print_config_shows_what_will_run(capsys):
+@pytest.mark.parametrize("argv", [[], ["--masking_args", "delta_r=0.1", "--mask_ratio", "32/49", "--data_path", "1e3"]])
+def test_print_config_shows_what_will_run_and_is_a_config(argv, tmp_path, capsys):
+    argv = ["--config", str(ROOT / "configs/pretrain/digits.yaml"), "--epochs", "3", *argv]
     with pytest.raises(SystemExit) as stop:
-        main_pretrain.main(["--config", str(ROOT / "configs/pretrain/digits.yaml"), "--epochs", "3", "--print_config"])
+        main_pretrain.main([*argv, "--print_config"])
     assert stop.value.code == 0
-    shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["epochs"] == 3
-    assert shown["masking"] == "sbam_amr"
+    shown = capsys.readouterr().out
+    titles = [line[2:] for line in shown.splitlines() if line.startswith("# ")]
+    assert titles == list(config.KINDS.values())
+    file = tmp_path / "shown.yaml"
+    file.write_text(shown)
+    assert cli.parse(PretrainSettings, ["--config", str(file)]) == cli.parse(PretrainSettings, argv)
+    assert yaml.safe_load(shown)["masking"] == "sbam_amr"
+
+
+def test_help_has_every_flag_in_the_group_of_its_kind(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main_pretrain.main(["--help"])
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    places = [said.index(f"{title}:") for title in config.KINDS.values()] + [len(said)]
+    for kind, start, end in zip(config.KINDS, places, places[1:], strict=False):
+        for name in config.names_of_kind(PretrainSettings, kind):
+            assert f"--{name} " in said[start:end], name
+
+
+def test_entries_of_a_mapping_are_changed_one_by_one(tmp_path):
+    file, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    file.write_text("masking_args: {delta_r: 0.15, name: text, flag: true, none: null, sizes: [1, 2]}\n")
+    second.write_text("method_args: [ratio=32/49]\n")
+
+    def options(*argv):
+        settings = cli.parse(PretrainSettings, ["--config", str(file), *argv])
+        return cli.parse_options(settings.masking_args)
+
+    written = {"delta_r": 0.15, "name": "text", "flag": True, "none": None, "sizes": [1, 2]}
+    assert options() == written
+    assert options("--masking_args", "delta=0.2") == written | {"delta": 0.2}
+    assert options("--masking_args", "delta_r=0.2", "--masking_args", "delta=1") == written | {
+        "delta_r": 0.2,
+        "delta": 1,
+    }
+    assert options("--masking_args") == {}  # empty: for a strategy that has none of these
+    both = cli.parse(PretrainSettings, ["--config", str(file), "--config", str(second), "--method_args", "a=1"])
+    assert (len(both.masking_args), both.method_args) == (5, ["ratio=32/49", "a=1"])
+    with pytest.raises(ValueError, match=r"--method_args 0\.3: write name=value"):
+        cli.parse_options(["0.3"], "method_args")
+
+
+def test_a_ratio_as_a_fraction_goes_through_a_run(tmp_path):
+    flags = ["--mask_ratio", "3/16", "--epochs", "0", "--num_workers", "0", "--output_dir", str(tmp_path)]
+    main_pretrain.main([*PRETRAIN, "--input_size", "16", *flags])
+    assert cli.parse(PretrainSettings, ["--config", str(tmp_path / "config.yaml")]).mask_ratio == "3/16"
+    opened = checkpoints.open_checkpoint(tmp_path / "checkpoint-last.pth", "cpu")
+    strategies = figures.standard_strategies(opened.settings, opened.strategy, 16)
+    assert {strategies[name](torch.zeros(1, 16, 8)).num_keep.item() for name in ("random", "sbam")} == {13}
+
+
+def test_a_flag_before_the_file_wins_too(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("mask_ratio: 32/49\nepochs: 5")
+    settings = cli.parse(PretrainSettings, ["--epochs=3", "--config", str(file)])
+    assert (settings.epochs, settings.mask_ratio) == (3, "32/49")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        (["--compile", "true"], "compile", True),
+        (["--compile=false"], "compile", False),
+        (["--no_compile"], "compile", False),
+        (["--clip_grad", "null"], "clip_grad", None),
+        (["--save_every_epochs", "null"], "save_every_epochs", None),
+        (["--input_size"], "input_size", []),
+        (["--finetune", ""], "finetune", None),  # as in MAE's scripts
+        (["--epochs", "3", "--epochs", "4"], "epochs", 4),
+    ],
+)
+def test_ways_to_write_a_value(flags, name, value):
+    assert getattr(cli.parse(PretrainSettings, flags), name) == value
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "line 2: the alias *a is not supported"),
+        ("epochs: " + "[" * 100_000, "line 1: more than 10 levels deep"),
+        ("epochs: 3\nseed: 1\nepochs: 4\n", "line 3: the key epochs stands twice"),
+        ("masking_args: {delta: 1, delta: 2}", "the key delta stands twice"),
+        ("epochs: !!python/object/apply:os.system [ls]", "the tag tag:yaml.org,2002:python/object/apply:os.system"),
+        ("# nothing\n", "is empty; write one setting a line"),
+        ("- epochs", "must be a mapping of names to values"),
+        ("epochs: 2020-99-99", "a value cannot be read"),
+        ("epochs: " + "9" * 5000, "a value cannot be read"),
+        ("lr: .inf", "--lr inf: must be a number or null"),
+        ("epochs: \x07", "special characters are not allowed"),
+        ("x: 1\n" * 300_000, "more than 1 MiB"),
+    ],
+)
+def test_yaml_that_harms(tmp_path, capsys, text, message):
+    """In recipes and in sweeps alike: one loader."""
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    said = refusal(main_pretrain.main, ["--config", file, "--output_dir", tmp_path / "o"], capsys)
+    assert message in said
+    assert f"--config {file}: " in said or f"error: {file}: " in said
+    if not text.startswith("lr"):
+        with pytest.raises(ValueError, match=r"a\.yaml: ") as error:
+            sweep.load(file)
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("retired", cli._RETIRED)
+def test_flags_of_mae_that_are_not_needed_say_what_replaces_them(retired, capsys):
+    for flag in (f"--{retired}", f"--{retired.replace('_', '-')}=1"):
+        said = refusal(main_pretrain.main, [flag, "1"], capsys)
+        assert f"--{retired} is a flag of MAE's that does not exist here: " in said
+        assert "did you mean" not in said
+
+
+@pytest.mark.parametrize("name", ["gpu", "local", "port", "momentum", "url", "workers_init", "fold"])
+def test_a_name_of_another_thing_is_not_suggested(name):
+    assert nearest(name, [field.name for field in dataclasses.fields(PretrainSettings)]) == ""
+
+
+def test_an_empty_output_dir(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "MAE then saves nothing" in refusal(main_pretrain.main, [*PRETRAIN, "--output_dir", ""], capsys)
+    file = tmp_path / "a.yaml"
+    file.write_text("output_dir: ''")
+    assert "name one" in refusal(main_pretrain.main, [*PRETRAIN, "--config", file], capsys)
+
+
+@pytest.mark.parametrize("task", [PretrainSettings, FinetuneSettings, LinprobeSettings])
+def test_the_home_folder_in_every_path(task, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = [name for name, field in task.__dataclass_fields__.items() if field.metadata.get("path")]
+    assert {"data_path", "output_dir", "log_dir", "resume", "finetune"} == set(names)
+    file = tmp_path / "a.yaml"
+    file.write_text("".join(f"{name}: ~/{name}\n" for name in names))
+    for argv in (["--config=~/a.yaml"], [f"--{name}=~/{name}" for name in names]):
+        settings = cli.parse(task, argv)
+        assert [getattr(settings, name) for name in names] == [str(tmp_path / name) for name in names]
+    said = refusal(main_pretrain.main, ["--data_path", "~nobody-of-this-name/x"], capsys)
+    assert "--data_path ~nobody-of-this-name/x: there is no such home folder" in said
+
+
+SCRIPT_PATHS = {
+    "evaluate": {"checkpoint", "output", "data_path"},
+    "export": {"checkpoint", "output"},
+    "pimr": {"table", "plot"},
+    "plot": {"table", "output"},
+    "sweep": {"sweep", "output"},
+    "visualize": {"inputs", "output"},
+}
+
+
+@pytest.mark.parametrize("script", SCRIPT_PATHS)
+def test_the_home_folder_in_every_path_of_the_scripts(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.syspath_prepend(ROOT)
+    actions = runpy.run_path(str(ROOT / "scripts" / f"{script}.py"))["make_parser"]()._actions
+    kinds = (cli.path, cli.path_text)
+    assert {action.dest for action in actions if action.type in kinds} == SCRIPT_PATHS[script]
+    assert {str(kind("~/x")) for kind in kinds} == {str(tmp_path / "x")}
 
 
 CLASSES = {"pretrain": PretrainSettings, "finetune": FinetuneSettings, "linprobe": LinprobeSettings}
@@ -251,6 +418,14 @@ def test_every_recipe_parses_and_builds(path, monkeypatch):
     else:
         with torch.device("meta"):
             models_vit.build_model(settings, 1000)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_key_of_a_recipe_stands_under_its_kind(path):
+    text = path.read_text()
+    for kind, title in config.KINDS.items():
+        group = text.partition(f"# {title.partition(':')[0]}\n")[2].partition("\n# What ")[0]
+        assert yaml.safe_load(group).keys() <= config.names_of_kind(CLASSES[path.parent.name], kind)
 
 
 @pytest.mark.parametrize("task", CLASSES.values())

@@ -68,6 +68,21 @@ def test_every_folder_of_python_files_is_looked_at():
     assert folders - {"tests"} == set(FOLDERS)
 
 
+def test_yaml_is_read_and_written_in_one_place():
+    """Its loader refuses aliases, depth and keys that stand twice; another would not."""
+    assert [module for path, module in sources().items() if "yaml" in imported(path)] == ["util.yaml_files"]
+
+
+def test_a_script_finds_the_project_from_any_folder():
+    """Python puts a script's own folder on the path: what the project has is imported after its root is put there."""
+    for path in (ROOT / "scripts").glob("*.py"):
+        lines = path.read_text().splitlines()
+        own = [n for n, line in enumerate(lines) if line.startswith(("from ", "import ")) and layer(line.split()[1])]
+        inserted = [n for n, line in enumerate(lines) if line.startswith("sys.path.insert(")]
+        assert not own or inserted, path
+        assert not own or min(inserted) < min(own), path
+
+
 def test_no_file_shadows_the_standard_library():
     for path, module in sources().items():
         top_level = "." not in module or module.startswith("scripts.")  # other files are found through their folder

@@ -16,6 +16,9 @@ from util.distributed import signals, slurm
 TASK = ["--config", str(ROOT / "configs/linprobe/digits.yaml"), "--epochs", "1", "--num_workers", "0"]
 
 
+TEXTS = ("job_name", *submitit_launch.SLURM_FLAGS)
+
+
 def test_a_local_job_of_two_processes(tmp_path):
     flags = ["linprobe", "--cluster", "local", "--ngpus", "2", "--job_dir", tmp_path / "job"]
     command = [sys.executable, ROOT / "submitit_launch.py", *flags, *TASK]
@@ -57,6 +60,10 @@ def test_a_dry_run_prints_what_sbatch_would_get(tmp_path, capsys, monkeypatch):
         (["--timeout", "soon"], "argument --timeout: invalid int value: 'soon'"),
         (["--cluster", "local", "--nodes", "2"], "--nodes 2: --cluster local is this machine alone"),
         (["--partion", "gpu"], "there is no setting 'partion'"),
+        *((["--dry_run", f"--{name}", "a\nrm -r x"], f"--{name} 'a\\nrm -r x': has a control") for name in TEXTS),
+        (["--dry_run", "--job_dir", "a\nb"], "has a control character, such as a line break; take it out"),
+        (["--dry_run", "--comment", "a\x1b[31m"], "has a control character"),
+        (["--use_volta32"], "give submitit_launch.py --constraint volta32gb instead"),
         (["--dataset", "digits"], "sbatch is not on this machine"),
     ],
 )

@@ -1,71 +1,104 @@
-"""Command line and YAML file -> typed settings, through jsonargparse. A user's mistake is one line, exit status 2."""
+"""Command line and YAML file -> typed settings. A user's mistake is one line, exit status 2."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
+import json
+import math
 import os
-import re
 import sys
 import time
+import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import yaml
-from jsonargparse import ActionYesNo, ArgumentParser, set_loader
-
-from util.config import Settings
+from util import yaml_files
+from util.config import KINDS, Settings, fields_of_kind
+from util.files import expand_home
 from util.suggest import nearest
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
+# Flags of MAE's scripts that have no counterpart, and what to do instead.
+_RETIRED = {
+    "world_size": "torchrun says how many processes there are (--nnodes, --nproc_per_node); leave it out",
+    "local_rank": "torchrun tells every process its rank; start the script with torchrun and leave it out",
+    "dist_url": "torchrun says where the processes meet (--rdzv_endpoint, or --master_addr and --master_port)",
+    "dist_on_itp": "torchrun and submitit_launch.py need no such switch; leave it out",
+    "dist_backend": "it follows from --device: nccl on GPUs, gloo on CPUs; leave it out",
+    "start_epoch": "a run continues at the step of its checkpoint; give the same command again, or --resume FILE",
+    "resplit": "random erasing is never applied to a part of the batch alone; leave it out",
+    "use_volta32": "give submitit_launch.py --constraint volta32gb instead",
+}
+_BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
+
 
 def parse(settings_class: type[SettingsT], argv: list[str] | None = None) -> SettingsT:
-    """Settings from the command line and from `--config FILE.yaml`, of which the command line wins.
+    """Return the settings of the command line and of `--config FILE.yaml`, of which the command line wins.
 
     Exits with status 2 and one line on stderr for an unknown key (with the nearest one), a wrong type or an
-    impossible value.
+    impossible value; with status 0 after `--help` and `--print_config`.
     """
-    parser = make_parser(settings_class)
-    try:
-        given = parser.parse_args(argv)
-    except UnicodeDecodeError as error:
-        _exit(f"--config: not a text file ({error})")
-    values = {field.name: given[field.name] for field in dataclasses.fields(settings_class)}
-    settings = settings_class(**values)
+    given, unknown = make_parser(settings_class).parse_known_args(argv)
     with exit_on_user_error():
+        if unknown:
+            raise ValueError(_not_known(unknown[0], settings_class))
+        values: dict[str, Any] = {}
+        for path in given.config:
+            _update(settings_class, values, _read(settings_class, path), f"{path}: ")
+        flags = {name: value for name, value in vars(given).items() if name not in ("config", "print_config")}
+        _update(settings_class, values, flags)
+        settings = settings_class(**values)
         settings.check()
+    if given.print_config:
+        print(as_yaml(settings), end="")
+        sys.exit(0)
     return settings
 
 
-def make_parser(settings_class: type[Settings]) -> ArgumentParser:
-    """The parser of a task: one flag and one YAML key for every field."""
-    fields = {field.name: field for field in dataclasses.fields(settings_class)}
-    hints = {name: hint for name, hint in typing.get_type_hints(settings_class).items() if name in fields}
-    lists = {name for name, hint in hints.items() if typing.get_origin(hint) is list}
-    set_loader("settings", lambda text: _load_yaml(text, hints), exceptions=(yaml.YAMLError,))
+def make_parser(settings_class: type[Settings]) -> argparse.ArgumentParser:
+    """Return the parser of a task: one flag for every field, whose value is still text."""
     parser = _Parser(
-        prog=os.path.basename(sys.argv[0]),
-        allow_abbrev=False,
-        parser_mode="settings",
+        usage="%(prog)s [--config FILE] [--flag VALUE ...]",
         description=settings_class.__doc__,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", action="config", help="YAML file of the keys below; the command line overrides it")
-    for name, field in fields.items():
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        keywords = {"default": default, "help": field.metadata["help"]}
-        if hints[name] is bool:
-            keywords |= {"action": ActionYesNo(yes_prefix="", no_prefix="no_"), "nargs": "?"}
-        elif name in lists:
-            keywords |= {"type": typing.get_args(hints[name])[0], "nargs": "*"}
-        else:
-            keywords |= {"type": hints[name]}
-        if hints[name] == bool | None:
-            keywords |= {"nargs": "?", "const": True}
-        parser.add_argument(f"--{name}", **keywords)
-    parser.types = {name: _describe(hint) for name, hint in hints.items()}
+    parser.add_argument(
+        "--config", metavar="FILE", action="append", default=[], help="YAML of the flags below, which override it"
+    )
+    parser.add_argument("--print_config", action="store_true", default=False, help="print all settings as YAML")
+    hints = typing.get_type_hints(settings_class)
+    for kind, title in KINDS.items():
+        group = parser.add_argument_group(title)
+        for name, field in fields_of_kind(settings_class, kind).items():
+            hint, text = hints[name], field.metadata["help"].replace("%", "%%")
+            if field.default not in (None, dataclasses.MISSING) and "default" not in text:
+                text += f" (default: {field.default})"
+            if typing.get_origin(hint) is list:
+                action = "extend" if field.metadata["pairs"] else "store"
+                group.add_argument(f"--{name}", nargs="*", action=action, metavar="VALUE", help=text)
+            elif bool in (hint, *typing.get_args(hint)):
+                group.add_argument(f"--{name}", nargs="?", const="true", metavar="true|false", help=text)
+                group.add_argument(
+                    f"--no_{name}", dest=name, action="store_const", const="false", help=argparse.SUPPRESS
+                )
+            else:
+                group.add_argument(f"--{name}", metavar="VALUE", help=text)
     return parser
+
+
+def as_yaml(settings: Settings) -> str:
+    """Return all settings as YAML that `--config` takes again, grouped by kind."""
+    values = settings.as_dict()
+    groups = {title: fields_of_kind(type(settings), kind) for kind, title in KINDS.items()}
+    return "".join(
+        f"# {title}\n{yaml_files.dump({name: values[name] for name in group})}" for title, group in groups.items()
+    )
 
 
 def parse_options(pairs: list[str], flag: str = "masking_args") -> dict[str, Any]:
@@ -75,8 +108,27 @@ def parse_options(pairs: list[str], flag: str = "masking_args") -> dict[str, Any
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--{flag} {pair}: write name=value, such as delta_r=0.15")
-        options[name] = _number(value)
+        options[name] = _plain(value)
     return options
+
+
+def path(text: str) -> Path:
+    """Return a path with its `~` expanded: the `type` of a script's flag."""
+    return Path(path_text(text))
+
+
+def path_text(text: str) -> str:
+    """Return a path with its `~` expanded, as text: the `type` of a script's flag."""
+    try:
+        return expand_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def check_printable(name: str, value: str) -> None:
+    """ValueError for a line break or another control character: it would end the #SBATCH line that holds the value."""
+    if not value.isprintable():
+        raise ValueError(f"--{name} {value!r}: has a control character, such as a line break; take it out")
 
 
 @contextlib.contextmanager
@@ -97,66 +149,105 @@ def _exit(message: str) -> NoReturn:
     sys.exit(2)
 
 
-class _Parser(ArgumentParser):
-    types: dict[str, str]
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        unknown = re.search(r"unrecognized arguments: (.*)|Option '([^']+)' is not accepted", message)
-        wrong = re.match(r'Parser key "(\w+)"', message)
-        value = re.search(r"(?:Given value|Got value): (.*)", message)
-        if unknown and unknown[1] and not unknown[1].startswith("-"):
-            _exit(f"{unknown[1]!r}: no flag stands before this value; see --help")
-        elif unknown:
-            self._unknown((unknown[1] or unknown[2]).split()[0])
-        elif wrong and value and wrong[1] in self.types:
-            _exit(f"--{wrong[1]} {value[1].strip()}: must be {self.types[wrong[1]]}")
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
         _exit(message)
 
-    def _unknown(self, name: str) -> NoReturn:
-        key = name.lstrip("-").split("=")[0]
-        _exit(f"there is no setting {key!r}{nearest(key, self.types)}; --help lists all")
+
+def _not_known(word: str, settings_class: type[Settings]) -> str:
+    if not word.startswith("-"):
+        return f"{word!r}: no flag stands before this value; see --help"
+    key = word.lstrip("-").partition("=")[0].replace("-", "_")
+    if key in _RETIRED:
+        return f"--{key} is a flag of MAE's that does not exist here: {_RETIRED[key]}"
+    known = [field.name for field in dataclasses.fields(settings_class)]
+    return f"there is no setting {key!r}{nearest(key, known)}; --help lists all"
 
 
-def _load_yaml(text: str, hints: dict[str, Any]) -> Any:
-    content = yaml.load(text, Loader=_Loader)
-    if not isinstance(content, dict):
-        return content
-    for name in hints.keys() & content.keys():
-        hint, value = hints[name], content[name]
-        optional = type(None) in typing.get_args(hint)
-        if typing.get_origin(hint) is list:
+def _read(settings_class: type[Settings], path: str) -> dict[str, Any]:
+    """Return the values of a file; of lists as the command line has them."""
+    try:
+        content = yaml_files.load(expand_home(path))
+    except ValueError as error:
+        raise ValueError(f"--config {error}") from error
+    hints = typing.get_type_hints(settings_class)
+    for name, value in content.items():
+        if name not in {field.name for field in dataclasses.fields(settings_class)}:
+            raise ValueError(f"{path}: {_not_known(f'--{name}', settings_class)}")
+        if typing.get_origin(hints[name]) is list:
             content[name] = _as_list(value)
-        elif (value is None and not optional) or (hint is bool and not isinstance(value, bool)):
-            _exit(f"--{name} {'null' if value is None else value}: must be {_describe(hint)}")
     return content
 
 
-def _as_list(value: Any) -> Any:
+def _update(settings_class: type[Settings], values: dict[str, Any], given: dict[str, Any], where: str = "") -> None:
+    """Add `given`, converted to the fields' types, to `values`; single entries of lists of pairs."""
+    hints = typing.get_type_hints(settings_class)
+    for name, value in given.items():
+        field = settings_class.__dataclass_fields__[name]
+        try:
+            value = _convert(hints[name], value)
+            if field.metadata["path"] and value is not None:
+                value = expand_home(value) or None  # MAE's scripts give "" for none
+        except _WrongTypeError as error:
+            raise ValueError(f"{where}--{name} {error}: must be {_describe(hints[name])}") from error
+        except ValueError as error:
+            raise ValueError(f"{where}--{name} {error}") from error
+        if field.metadata["pairs"] and value:
+            value = list({pair.partition("=")[0]: pair for pair in [*values.get(name, []), *value]}.values())
+        values[name] = value
+
+
+class _WrongTypeError(ValueError):
+    """Its text is the value."""
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    """Return `value`, which is text of the command line or a value of YAML, as the type says. _WrongTypeError."""
+    parts = typing.get_args(hint)
+    if typing.get_origin(hint) is list:
+        return [_convert(parts[0], item) for item in value]
+    if typing.get_origin(hint) is typing.Literal:
+        if value in parts:
+            return value
+    elif parts:  # a union
+        for part in sorted(parts, key=lambda part: part is not types.NoneType):
+            with contextlib.suppress(_WrongTypeError):
+                return _convert(part, value)
+    elif hint is types.NoneType:
+        if value in (None, "null"):
+            return None
+    elif hint is bool:
+        if str(value).lower() in _BOOLEANS:
+            return _BOOLEANS[str(value).lower()]
+    elif hint is str:
+        if isinstance(value, str):
+            return value
+    elif not isinstance(value, bool) and isinstance(value, (str, int, hint)):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = hint(value)
+            if math.isfinite(number):
+                return number
+    raise _WrongTypeError("null" if value is None else value)
+
+
+def _as_list(value: Any) -> list:
     """`224` for `[224]`, nothing for `[]`, and `{a: 1}` for `["a=1"]`, as people write them."""
     if value is None:
         return []
     if isinstance(value, dict):
-        return [f"{name}={item}" for name, item in value.items()]
+        return [
+            f"{name}={item if isinstance(item, str) else json.dumps(item, default=str)}" for name, item in value.items()
+        ]
     return value if isinstance(value, list) else [value]
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text; people and YAML 1.2 read a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-def _number(text: str) -> Any:
+def _plain(text: str) -> Any:
+    """Return what YAML makes of one value of the command line; text that is no YAML as it is."""
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+        value = yaml_files.parse(text)
+    except ValueError:
         return text
-    return text if value is None else value
+    return text if value is None and text != "null" else value
 
 
 def _describe(hint: Any) -> str:

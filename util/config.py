@@ -90,6 +90,11 @@ class Settings:
 
     def check(self) -> None:
         """ValueError, in one sentence with flag, value and remedy, for values that cannot work in any task."""
+        if not self.output_dir:
+            raise ValueError(
+                "--output_dir '': is empty; MAE then saves nothing, but a run here needs a folder to continue from: "
+                "name one (such as $(mktemp -d), to throw away), or leave the flag out for ./output_dir"
+            )
         self._check_minimum(1, "in_chans", "batch_size", "accum_iter", "effective_batch_size", "print_freq")
         self._check_minimum(1, "save_every_epochs", "keep_last", "dist_timeout")
         self._check_minimum(0, "save_every_minutes", "max_skipped_steps")

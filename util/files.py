@@ -53,3 +53,11 @@ def flush_folder(folder: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def expand_home(path: str) -> str:
+    """Return `path` with a leading `~` or `~user` expanded. ValueError: there is no such home folder."""
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        raise ValueError(f"{path}: there is no such home folder; write ./{path} for a folder of this name")
+    return expanded

@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import yaml
 
+from util import yaml_files
 from util.files import write_whole
 
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
@@ -28,8 +28,8 @@ def write_config(path: Path, description: dict) -> None:
     Whole or not at all.
     """
     rest = {name: value for name, value in description.items() if name != "settings"}
-    comment = "".join(f"# {line}\n" for line in yaml.safe_dump(rest, sort_keys=False).splitlines())
-    write_whole(path, comment + yaml.safe_dump(description["settings"], sort_keys=False))
+    comment = "".join(f"# {line}\n" for line in yaml_files.dump(rest).splitlines())
+    write_whole(path, comment + yaml_files.dump(description["settings"]))
 
 
 def revision() -> str:
