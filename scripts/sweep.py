@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import os
 import runpy
 import shlex
@@ -46,9 +47,13 @@ def main(argv: list[str] | None = None) -> None:
             for step in (step for run in runs for step in run.left()):
                 print(shlex.join(["python", trial.SCRIPTS[step.task], *step.argv]))
             return
+        status, output = 0, runs[0].folder.parent
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output {output}: cannot be made ({error.strerror})") from error
         if given.only:
             sys.exit(do_run(runs[0], given.ngpus))
-        status, output = 0, runs[0].folder.parent
         if not given.gather:
             left = [run for run in runs if run.left()]
             print(f"{len(runs)} runs, {len(runs) - len(left)} done", flush=True)
@@ -234,10 +239,12 @@ def submit(runs: list[trial.SweepRun], given: argparse.Namespace, folder: Path) 
         **{f"slurm_{name}": getattr(given, name) for name in SLURM_FLAGS if getattr(given, name)},
     )
     try:
-        with executor.batch():
+        with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # submitit repeats there what it raises
             jobs = [executor.submit(ClusterJob(command(given, run))) for run in runs]
     except submitit.core.utils.FailedJobError as error:
-        raise ValueError(f"SLURM refuses the jobs: {str(error).strip().splitlines()[-1]}") from error
+        raise ValueError(
+            f"SLURM refuses the jobs: {str(error).strip().splitlines()[-1].removeprefix('sbatch: error: ')}"
+        ) from error
     print(f"submitted {len(jobs)} jobs; logs in {folder}; the same command with --gather makes the table")
 
 

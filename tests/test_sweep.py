@@ -7,7 +7,6 @@ import os
 import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import ROOT, environment
+from helpers import ROOT, environment, refusal, write_pictures
 
 from methods import base
 from studies import sweep, tables
@@ -40,17 +39,18 @@ FILE = {
 
 def write(tmp_path, **changes):
     path = tmp_path / "sweep.yaml"
-    path.write_text(yaml.safe_dump({**FILE, **changes}))
+    path.write_text(yaml.safe_dump({**FILE, **changes}, sort_keys=False))
     return path
-
-
-def run(*arguments):
-    command = [sys.executable, str(ROOT / "scripts/sweep.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment())
 
 
 def script():
     return runpy.run_path(str(ROOT / "scripts/sweep.py"), run_name="sweep")["main"]
+
+
+def status_of(*arguments) -> int:
+    with pytest.raises(SystemExit) as stop:
+        script()(list(map(str, arguments)))
+    return stop.value.code
 
 
 def test_the_grid(tmp_path):
@@ -75,7 +75,7 @@ def test_probes_at_intermediate_epochs(tmp_path):
     _, first, last = runs[0].steps
     assert first.argv[first.argv.index("--finetune") + 1].endswith("checkpoint-0.pth")
     assert first.folder != last.folder
-    assert first.epochs == 8  # from its config
+    assert first.settings.epochs == 8  # from its config
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,11 @@ def test_probes_at_intermediate_epochs(tmp_path):
         ({"checkpoints": "last"}, "checkpoints must be a list"),
         ({"checkpoints": ["first"]}, "checkpoints: first must be last, or an epoch"),
         ({"grid": {"seed": [0, 1, 0]}}, "grid.seed has 0 twice"),
+        ({"grid": {name: list(range(90)) for name in "abcde"}}, "asks for 5904900000 runs; at most 10000"),
+        ({"grid": {1: [2]}}, "grid: the name 1 must be text"),
+        ({"pretrain": {"epochs": 1, 2: 3}}, "pretrain: the name 2 must be text"),
+        ({"output": 7}, "output must be text, not 7"),
+        ({"measure": {3: {}}}, "measure: the name 3 must be text"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_sentence(tmp_path, changes, message):
@@ -122,6 +127,7 @@ def test_a_mistake_in_the_file_is_one_sentence(tmp_path, changes, message):
             "masking_args: ['delta=0.1'] must be a mapping, such as {name: value}",
         ),
         ({"grid": {"data_path": ["a/b", "a_b"]}}, "two runs have the name data_path=a_b"),
+        ({"grid": {"data_path": ["x" * 250]}}, "is too long for the name of a folder"),
     ],
 )
 @pytest.mark.parametrize("more", [["--dry_run"], ["--only", "x"]], ids=["all", "only"])
@@ -130,11 +136,7 @@ def test_every_command_is_checked_before_the_first_run(tmp_path, capsys, changes
     if more[0] == "--only":
         names = [found.folder.name for found in _runs_or_none(path)] or ["x"]
         more = ["--only", names[0]]
-    with pytest.raises(SystemExit) as stop:
-        script()([str(path), "--output", str(tmp_path / "o"), *more])
-    said = capsys.readouterr()
-    assert (stop.value.code, said.out, said.err.count("\n")) == (2, "", 1)
-    assert message in said.err
+    assert message in refusal(script(), [path, "--output", tmp_path / "o", *more], capsys)
     assert not (tmp_path / "o").exists()
 
 
@@ -150,9 +152,8 @@ def test_the_batch_is_checked_for_the_processes_of_a_run(tmp_path, capsys):
     path = write(tmp_path, pretrain=FILE["pretrain"] | batch)
     script()([str(path), "--output", str(tmp_path / "o"), "--ngpus", "2", "--dry_run"])
     assert "--accum_iter 2" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        script()([str(path), "--output", str(tmp_path / "o"), "--dry_run"])
-    assert "1 process(es) makes 24" in capsys.readouterr().err
+    said = refusal(script(), [path, "--output", tmp_path / "o", "--dry_run"], capsys)
+    assert "1 process(es) makes 24" in said
     assert "WORLD_SIZE" not in os.environ
 
 
@@ -170,172 +171,189 @@ def test_every_command_of_our_sweeps_is_accepted(path, monkeypatch):
         for step in found.steps:
             if step.task == "evaluate":
                 continue
-            parsed = cli.parse(settings[step.task], [str(part) for part in step.argv])
-            assert parsed.epochs == step.epochs
+            parsed = cli.parse(settings[step.task], list(step.argv))
             if step.task == "pretrain":
                 with torch.device("meta"):
                     patches = base.build_model(parsed).num_patches
                 masking.check(base.create_strategy(parsed), patches)
 
 
-def test_a_sweep_runs_gathers_and_skips_what_is_done(tmp_path, capsys):
-    """One of two runs fails: it does not end the sweep, and it alone is left."""
-    path, output = write(tmp_path, grid={"lr": [1e30, 1e-3]}, skip=[], adjust=[]), tmp_path / "o"
-    result = run(path, "--output", output)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert f"pretrain failed, see {output}/lr=1e+30/pretrain/output.txt" in result.stdout
-    assert "lower --blr" in (output / "lr=1e+30" / "pretrain" / "output.txt").read_text()
-    (row,) = tables.read_csv(output / "results.csv")
-    assert row["lr"] == 1e-3
-    assert 0 < row["knn"] <= 100
-    assert 0.6 < row["train_mask_ratio"] < 0.9
-    assert (output / "results.md").read_text() in result.stdout
-    main = script()
-    main([str(path), "--output", str(output), "--dry_run"])
-    commands = capsys.readouterr().out.splitlines()
-    assert [command.split()[1] for command in commands] == ["main_pretrain.py", "scripts/evaluate.py"]
-    assert all("lr=1e+30" in command for command in commands)
-    stamp = (output / "lr=0.001" / "pretrain" / "checkpoint-last.pth").stat().st_mtime_ns
-    with pytest.raises(SystemExit) as stop:
-        main([str(write(tmp_path, grid={"lr": [1e-3]}, skip=[], adjust=[])), "--output", str(output)])
-    assert stop.value.code == 0
-    assert "1 runs, 1 done" in capsys.readouterr().out
-    assert (output / "lr=0.001" / "pretrain" / "checkpoint-last.pth").stat().st_mtime_ns == stamp
+@pytest.fixture
+def small(tmp_path):
+    """Write a sweep file of runs that take less than a second each, on twelve pictures."""
+    pictures = write_pictures(tmp_path / "pictures")
+    pretrain = {"model": "mae_vit_mini_patch4", "input_size": 16, "data_path": str(pictures), "batch_size": 4}
+    pretrain |= {"epochs": 1, "warmup_epochs": 0, "lr": 0.001, "num_workers": 0, "save_every_epochs": None}
+
+    def write_small(pretrain_changes=(), **changes):
+        content = {"grid": {"seed": [0]}, "skip": [], "adjust": [], "measure": {"evaluate": {"metrics": ["rank_me"]}}}
+        return write(tmp_path, **{**content, "pretrain": pretrain | dict(pretrain_changes), **changes})
+
+    return write_small
 
 
-def test_a_sweep_that_is_stopped_leaves_no_process_and_continues(tmp_path):
-    changes = {"pretrain": {**FILE["pretrain"], "epochs": 3, "num_workers": 1}, "skip": [], "adjust": []}
-    path, output = write(tmp_path, grid={"seed": [0, 1, 2]}, **changes), tmp_path / "o"
-    command = [sys.executable, ROOT / "scripts/sweep.py", path, "--output", output, "--parallel", 2]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment())
-    first = output / "seed=0" / "pretrain" / "log.txt"
-    end = time.monotonic() + 240
-    while not (first.exists() and first.read_text()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    process.terminate()
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == signals.PREEMPTED
-    assert "pretrain was stopped" in said
-    assert said.endswith("stopped; the same command continues\n")
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(output) not in listed
-    steps = checkpoint.load(output / "seed=0" / "pretrain" / "checkpoint-last.pth")["step"]
-    result = run(path, "--output", output, "--parallel", 2)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert len(tables.read_csv(output / "results.csv")) == 3
-    said = (output / "seed=0" / "pretrain" / "output.txt").read_text()
-    assert steps > 0
-    assert "checkpoint-last.pth after epoch" in said
+def start(*arguments) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "scripts/sweep.py", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(list(map(str, command)), env=environment(), cwd=ROOT, **pipes)
 
 
-def tiny(tmp_path, **changes):
-    """One run of one epoch, measured by what costs least."""
-    measure = {"evaluate": {"metrics": ["knn"], "val_images": 100, "train_images": 200}}
-    return write(tmp_path, **({"grid": {"seed": [0]}, "skip": [], "adjust": [], "measure": measure} | changes))
+def state_of(path, output):
+    """The steps that are left of a sweep of one run, and the checkpoints with a row in its table."""
+    (found,) = sweep.expand(sweep.load(path), output)
+    found.check()
+    return [step.folder.name for step in found.left()], [row["checkpoint"] for row in found.rows()]
 
 
 def result_of(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_a_longer_training_is_measured_again_and_other_flags_are_an_error(tmp_path):
-    output, long = tmp_path / "o", FILE["pretrain"] | {"epochs": 2}
-    assert run(tiny(tmp_path), "--output", output).returncode == 0
-    first = result_of(output / "seed=0" / "evaluate-last")
-    result = run(tiny(tmp_path, pretrain=long), "--output", output)
-    assert result.returncode == 0, result.stdout
-    assert "1 runs, 0 done" in result.stdout
-    assert "checkpoint-last.pth after epoch 0" in (output / "seed=0" / "pretrain" / "output.txt").read_text()
-    second = result_of(output / "seed=0" / "evaluate-last")
-    assert second["knn"] != first["knn"]
-    assert tables.read_csv(output / "results.csv")[0]["knn"] == second["knn"]
-    (aside,) = (output / "seed=0").glob("evaluate-last-replaced-*")
+def test_a_sweep_is_stopped_and_continued_and_one_of_its_runs_fails(small, tmp_path, capsys):
+    """The whole thing, in processes. A failed run does not end the sweep, and it alone is left."""
+    path, output = small({"epochs": 40}, grid={"lr": [1e-3, 1e30]}), tmp_path / "o"
+    process = start(path, "--output", output, "--parallel", 2)
+    log = output / "lr=0.001" / "pretrain" / "log.txt"
+    end = time.monotonic() + 240
+    while not (log.exists() and log.read_text()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.terminate()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == signals.PREEMPTED, said
+    assert "lr=0.001: pretrain was stopped" in said
+    assert said.endswith("stopped; the same command continues\n")
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert str(output) not in listed
+    last = output / "lr=0.001" / "pretrain" / "checkpoint-last.pth"
+    assert 0 < checkpoint.load(last)["step"] < 120
+
+    assert status_of(path, "--output", output, "--parallel", 2) == 1
+    said = capsys.readouterr().out
+    assert said.startswith("2 runs, 0 done\n")
+    assert f"pretrain failed, see {output}/lr=1e+30/pretrain/output.txt" in said
+    assert "lower --blr" in (output / "lr=1e+30" / "pretrain" / "output.txt").read_text()
+    assert "checkpoint-last.pth" in (output / "lr=0.001" / "pretrain" / "output.txt").read_text()
+    assert checkpoint.load(last)["step"] == 120
+    (row,) = tables.read_csv(output / "results.csv").to_dict("records")
+    assert (row["lr"], row["checkpoint"]) == (1e-3, "last")
+    assert row["rank_me"] > 1
+    assert 0.6 < row["train_mask_ratio"] < 0.9
+    assert (output / "results.md").read_text() in said
+
+    script()([str(path), "--output", str(output), "--dry_run"])
+    commands = capsys.readouterr().out.splitlines()
+    assert [command.split()[1] for command in commands] == ["main_pretrain.py", "scripts/evaluate.py"]
+    assert all("lr=1e+30" in command for command in commands)
+    stamp = last.stat().st_mtime_ns
+    assert status_of(small({"epochs": 40}, grid={"lr": [1e-3]}), "--output", output) == 0
+    assert "1 runs, 1 done" in capsys.readouterr().out
+    assert last.stat().st_mtime_ns == stamp
+
+
+def test_a_longer_training_is_measured_again_and_other_flags_are_an_error(small, tmp_path, capsys):
+    output = tmp_path / "o"
+    folder, only = output / "seed=0", ("--output", output, "--only", "seed=0")
+    assert status_of(small(), *only) == 0
+    first = result_of(folder / "evaluate-last")
+    path = small({"epochs": 2})
+    assert state_of(path, output)[0] == ["pretrain", "evaluate-last"]
+    assert status_of(path, *only) == 0
+    assert "checkpoint-last.pth after epoch 0" in (folder / "pretrain" / "output.txt").read_text()
+    second = result_of(folder / "evaluate-last")
+    assert second["rank_me"] != first["rank_me"]
+    assert status_of(path, "--output", output, "--gather") == 0
+    assert tables.read_csv(output / "results.csv")["rank_me"].tolist() == [second["rank_me"]]
+    (aside,) = folder.glob("evaluate-last-replaced-*")
     assert result_of(aside) == first
 
     # What only makes it fast may differ; what is measured may, and is measured again.
-    quick = tiny(tmp_path, pretrain=long | {"num_workers": 1}, measure={"evaluate": {"metrics": ["rank_me"]}})
-    (found,) = sweep.expand(sweep.load(quick), output)
-    assert [step.task for step in found.left()] == ["evaluate"]
-    assert found.rows() == []
+    other = {"evaluate": {"metrics": ["rank_me"], "pool": "cls"}}
+    assert state_of(small({"epochs": 2, "num_workers": 1}), output) == ([], ["last"])
+    assert state_of(small({"epochs": 2}, measure=other), output) == (["evaluate-last"], [])
 
-    for changes, told in (({"lr": 1e-9}, "--lr 0.002 (1e-09 is asked for)"), ({"epochs": 1}, "--epochs 2 (1 is")):
+    for changes, told in (({"lr": 1e-9}, "--lr 0.001 (1e-09 is asked for)"), ({"epochs": 1}, "--epochs 2 (1 is")):
         for flag in ("--parallel=1", "--gather", "--dry_run"):
-            result = run(tiny(tmp_path, pretrain=long | changes), "--output", output, flag)
-            assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
-            assert f"{output}/seed=0/pretrain: holds a pre-training with {told}" in result.stderr
+            said = refusal(script(), [small({"epochs": 2} | changes), "--output", output, flag], capsys)
+            assert f"{output}/seed=0/pretrain: holds a pre-training with {told}" in said
 
 
-def test_done_is_what_the_checkpoint_and_a_whole_result_say(tmp_path):
-    pretrain = FILE["pretrain"] | {"epochs": 2, "save_every_epochs": 1}
+def test_done_is_what_the_checkpoint_and_a_whole_result_say(small, tmp_path, capsys):
     output = tmp_path / "o"
-    path = tiny(tmp_path, pretrain=pretrain, checkpoints=[0, "last"])
-    assert run(path, "--output", output).returncode == 0
-
-    def left():
-        (found,) = sweep.expand(sweep.load(path), output)
-        found.check()
-        return [step.folder.name for step in found.left()], [row["checkpoint"] for row in found.rows()]
-
-    assert left() == ([], ["0", "last"])
-    result = output / "seed=0" / "evaluate-last" / "result.json"
-    whole = result.read_text()
-    result.write_text(whole[:20])  # as a process leaves it that is killed while it writes
-    assert left() == (["evaluate-last"], ["0"])
-    result.write_text(whole)
     folder = output / "seed=0" / "pretrain"
+    path = small({"epochs": 2, "save_every_epochs": 1}, checkpoints=[0, "last"])
+    assert status_of(path, "--output", output, "--only", "seed=0") == 0
+    done = ([], ["0", "last"])
+    assert state_of(path, output) == done
     (folder / "checkpoint-last.pth").unlink()  # it is a link to checkpoint-1.pth
     shutil.copy(folder / "checkpoint-0.pth", folder / "checkpoint-last.pth")  # log.txt is ahead of it
-    assert left() == (["pretrain", "evaluate-last"], ["0"])
+    assert state_of(path, output) == (["pretrain", "evaluate-last"], ["0"])
     (folder / "checkpoint-last.pth").write_bytes((folder / "checkpoint-1.pth").read_bytes()[:5000])
-    assert left() == (["pretrain", "evaluate-last"], ["0"])
+    assert state_of(path, output) == (["pretrain", "evaluate-last"], ["0"])
     shutil.copy(folder / "checkpoint-1.pth", folder / "checkpoint-last.pth")
-    assert left() == ([], ["0", "last"])
     (folder / "checkpoint-0.pth").unlink()  # to make room
-    assert left() == ([], ["0", "last"])
+    assert state_of(path, output) == done
+
+    # Records that were cut off, or are of another form: not done. Nothing in them is run.
+    evil = json.dumps({"flags": {"masking": "os:system"}, "checkpoint": ["echo"], "rank_me": "os:system"})
+    deep = "[" * 100_000
+    for name, texts in (("result.json", ("{", "[]", "7", deep)), ("command.json", ("[]", '{"seed": 0}', evil, deep))):
+        record = output / "seed=0" / "evaluate-last" / name
+        whole = record.read_text()
+        for text in texts:
+            record.write_text(text)
+            assert state_of(path, output) == (["evaluate-last"], ["0"]), (name, text[:20])
+        record.write_text(whole)
+    log = (folder / "log.txt").read_text()
+    for text in ("[]\n7\n{}\n" + log, log.replace("train_loss", "loss"), deep, '{"epoch": {}, "train_loss": "x"}'):
+        (folder / "log.txt").write_text(text)
+        assert state_of(path, output) == done
+    content = checkpoint.load(folder / "checkpoint-last.pth")
+    for epoch in ("1", None, [1], 1.5):
+        torch.save(content | {"epoch": epoch}, folder / "checkpoint-last.pth")
+        assert state_of(path, output)[0] == ["pretrain", "evaluate-last"]
+    (folder / "command.json").write_text("[]")
+    said = refusal(script(), [path, "--output", output, "--gather"], capsys)
+    assert f"{folder}: holds a pre-training with no command.json that can be read; name another --output" in said
 
 
-def test_results_of_an_earlier_version_are_adopted_unless_the_checkpoint_is_newer(tmp_path):
-    path, output = tiny(tmp_path), tmp_path / "o"
-    assert run(path, "--output", output).returncode == 0
-    (output / "seed=0" / "evaluate-last" / "command.json").unlink()
-    result = run(path, "--output", output)
-    assert "1 runs, 1 done\n1 measurements have no command.json: taken to be those" in result.stdout
-    assert len(tables.read_csv(output / "results.csv")) == 1
-    os.utime(output / "seed=0" / "evaluate-last" / "result.json", (0, 0))
-    (found,) = sweep.expand(sweep.load(path), output)
-    assert [step.task for step in found.left()] == ["evaluate"]
-
-
-def test_a_run_that_another_sweep_is_doing_is_left_to_it(tmp_path):
-    path, output = tiny(tmp_path), tmp_path / "o"
+def test_a_run_that_another_sweep_is_doing_is_left_to_it(small, tmp_path, capsys):
+    path, output = small({"epochs": 0}), tmp_path / "o"
     (output / "seed=0").mkdir(parents=True)
-    code = "import sys; from pathlib import Path; from util import lock; held = lock.hold(Path(sys.argv[1])); "
-    code += "print('held', flush=True); sys.stdin.read()"
+    code = "import sys; from pathlib import Path; from util.training import lock; "
+    code += "held = lock.hold(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", code, str(output / "seed=0")]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment(), **pipes) as other:
         assert other.stdout.readline() == "held\n"
-        result = run(path, "--output", output)
+        assert status_of(path, "--output", output, "--only", "seed=0") == 1
         other.stdin.close()
-    assert result.returncode == 1
-    assert f"[1/1] seed=0: not done: --output {output}/seed=0: process {other.pid} on" in result.stdout
+    assert f"not done: --output {output}/seed=0: process {other.pid} on" in capsys.readouterr().out
     assert not (output / "seed=0" / "pretrain").exists()
-    assert run(path, "--output", output).returncode == 0
+    assert status_of(path, "--output", output, "--only", "seed=0") == 0
 
 
-def test_lists_in_the_grid_an_untrained_model_and_columns_of_later_runs(tmp_path):
-    """The first run has no training, so neither loss nor mask ratio."""
-    grid = {"epochs": [0, 1], "crop_scale": [[0.2, 1.0], [0.6, 1.0]]}
-    path, output = tiny(tmp_path, grid=grid, skip=[{"epochs": 1, "crop_scale": [[0.2, 1.0]]}]), tmp_path / "o"
-    result = run(path, "--output", output, "--parallel", 2)
-    assert result.returncode == 0, result.stdout + result.stderr
-    rows = tables.read_csv(output / "results.csv")
-    assert [(row["crop_scale"], row["epochs"]) for row in rows] == [("0.2,1.0", 0), ("0.6,1.0", 0), ("0.6,1.0", 1)]
-    assert "train_loss" not in rows[0]
+def test_lists_in_the_grid_an_untrained_model_and_columns_of_later_runs(small, tmp_path, capsys):
+    """The first run has no training, so neither loss nor mask ratio. What is measured does not replace a setting."""
+    grid = {"epochs": [0, 1], "mask_ratio": [0.5], "crop_scale": [[0.2, 1.0], [0.6, 1.0]]}
+    measure = {"evaluate": {"metrics": ["rank_me", "salience"]}}
+    path = small(grid=grid, skip=[{"epochs": 1, "crop_scale": [[0.2, 1.0]]}], measure=measure)
+    output = tmp_path / "o"
+    for run in sweep.expand(sweep.load(path), output):
+        assert status_of(path, "--output", output, "--only", run.folder.name) == 0
+    assert status_of(path, "--output", output, "--gather") == 0
+    table = tables.read_csv(output / "results.csv")
+    assert table["crop_scale"].tolist() == ["0.2,1.0", "0.6,1.0", "0.6,1.0"]
+    assert table["epochs"].tolist() == [0, 0, 1]
+    assert table["mask_ratio"].tolist() == [0.5] * 3
+    assert table["evaluate_mask_ratio"].notna().all()
+    assert table["train_loss"].notna().tolist() == [False, False, True]
     header = (output / "results.md").read_text().splitlines()[0]
-    assert header == "| crop_scale | epochs | checkpoint | knn | train_loss | train_mask_ratio | n |"
-    assert run(path, "--output", output).stdout.startswith("3 runs, 3 done\n")
+    assert header.startswith("| epochs | mask_ratio | crop_scale | checkpoint | rank_me | ")
+    assert header.endswith(" | train_loss | train_mask_ratio | n |")
+    capsys.readouterr()
+    assert status_of(path, "--output", output) == 0
+    assert capsys.readouterr().out.startswith("3 runs, 3 done\n")
 
 
 def test_runs_at_the_same_time_share_gpus_and_cores(monkeypatch):
@@ -351,13 +369,6 @@ def test_runs_at_the_same_time_share_gpus_and_cores(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     assert shares(1, 1) == [{"OMP_NUM_THREADS": str(cores)}]
     assert shares(cores, 1) == shares(2 * cores, 1)[:cores] == [{"OMP_NUM_THREADS": "1"}] * cores
-    command = [sys.executable, "-c", "import os; print(os.environ['CUDA_VISIBLE_DEVICES'])"]
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        assert module["Processes"]()(command, CUDA_VISIBLE_DEVICES="1") == (0, "1")
-    finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
-            signal.signal(number, handler)
 
 
 def test_a_result_is_written_whole_or_not_at_all(tmp_path):
@@ -372,31 +383,65 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "link").read_text() == "the one before"  # the file was replaced, not written over
 
 
-@pytest.mark.parametrize(("flags", "array"), [([], "0-2%3"), (["--parallel", 2], "0-2%2")])
-def test_the_jobs_of_an_array_run_at_a_time_unless_limited(tmp_path, flags, array):
-    """A command named sbatch stands in for SLURM's; what it is given is read."""
-    (tmp_path / "sbatch").write_text(f"#!/bin/sh\ncp $1 {tmp_path}/given\necho Submitted batch job 7\n")
-    (tmp_path / "sbatch").chmod(0o755)
-    path, variables = tiny(tmp_path, grid={"seed": [0, 1, 2]}), {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = [
-        sys.executable,
-        ROOT / "scripts/sweep.py",
-        path,
-        "--output",
-        tmp_path / "o",
-        "--cluster",
-        "slurm",
-        *flags,
-    ]
-    result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment(**variables), cwd=ROOT
-    )
-    assert result.returncode == 0, result.stderr
-    assert f"#SBATCH --array={array}\n" in (tmp_path / "given").read_text()
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Hide SLURM and let commands that are named like its own stand in; return what writes one."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+    def stand_in(name, text=""):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    return stand_in
 
 
-def test_through_submitit_without_slurm(tmp_path):
-    path = write(tmp_path, grid={"masking": ["random"], "seed": [0]}, skip=[], adjust=[])
-    result = run(path, "--output", tmp_path / "o", "--cluster", "local", "--cpus_per_task", 1, "--timeout", 5)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert len(tables.read_csv(tmp_path / "o" / "results.csv")) == 1
+@pytest.mark.parametrize(("flags", "array"), [([], "0-2%3"), (["--parallel", "2"], "0-2%2")])
+def test_the_jobs_of_an_array_run_at_a_time_unless_limited(small, slurm, tmp_path, flags, array):
+    slurm("srun")
+    slurm("sbatch", f"/bin/cp $1 {tmp_path}/given\necho Submitted batch job 7")
+    path = small(grid={"seed": [0, 1, 2]})
+    assert status_of(path, "--output", tmp_path / "o", "--cluster", "slurm", "--partition", "gpu", *flags) == 0
+    script = (tmp_path / "given").read_text()
+    assert f"#SBATCH --array={array}\n" in script
+    assert "#SBATCH --partition=gpu\n" in script
+
+
+def test_a_mistake_with_slurm_is_one_sentence(small, slurm, tmp_path, capsys):
+    path, output = small(), tmp_path / "o"
+    command = [path, "--output", output, "--cluster", "slurm"]
+    said = refusal(script(), command, capsys)
+    assert "--cluster slurm: sbatch and srun not found on this machine; use one of a SLURM cluster's" in said
+    assert not output.exists()
+    script()([*map(str, command), "--dry_run"])
+    slurm("sbatch", "echo 'sbatch: error: invalid partition specified: none' >&2; exit 1")
+    assert "--cluster slurm: srun not found" in refusal(script(), command, capsys)
+    slurm("srun")
+    said = refusal(script(), [*command, "--partition", "none"], capsys)
+    assert "SLURM refuses the jobs: invalid partition specified: none" in said
+    evil = "gpu\ntouch /tmp/evil"
+    assert "holds a control character" in refusal(script(), [*command, "--partition", evil], capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--parallel", "0"], "--parallel 0: must be at least 1"),
+        (["--ngpus", "-1"], "--ngpus -1: must be at least 1"),
+        (["--output", ""], "--output '': is empty; name a folder"),
+        (["--only", "seed=7"], "--only seed=7: no run has this name; one is masking=random-seed=0"),
+        (["--output", "/proc/none"], "--output /proc/none: cannot be made (No such file or directory)"),
+    ],
+)
+def test_a_flag_that_cannot_work_is_one_sentence(tmp_path, capsys, flags, message):
+    assert message in refusal(script(), [write(tmp_path), *flags], capsys)
+
+
+def test_a_cluster_job_runs_its_command_in_a_process_of_submitit(tmp_path):
+    submitit = pytest.importorskip("submitit")
+    job = runpy.run_path(str(ROOT / "scripts/sweep.py"), run_name="sweep")["ClusterJob"]
+    executor = submitit.LocalExecutor(tmp_path)
+    executor.update_parameters(timeout_min=5)
+    done = executor.submit(job(["sh", "-c", f"touch {tmp_path}/ran; exit 3"]))
+    assert done.result() == 3
+    assert (tmp_path / "ran").exists()
