@@ -219,6 +219,6 @@ def test_names_below_a_panel_fit(length):
     figure.draw(renderer)
     boxes = [label.get_window_extent(renderer) for label in figure.axes[-1].get_xticklabels()]
     assert len(boxes) == 8
-    assert all(0 <= box.x0 and 0 <= box.y0 for box in boxes)
+    assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
     heights = [axis.get_window_extent(renderer).height for axis in figure.axes]
     assert min(heights) > 0.6 * plots._HEIGHT * figure.dpi
