@@ -13,13 +13,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from evaluation import measure
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from evaluation import checkpoints
+from evaluation import checkpoints, measure
 from util import cli
 from util.files import write_whole
 
