@@ -9,13 +9,11 @@ import json
 import sys
 from pathlib import Path
 
-from evaluation import measure
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from evaluation import checkpoints, drawing, figures, monitor
+from evaluation import checkpoints, drawing, figures, measure, monitor
 from util.training import checkpoint
 
 

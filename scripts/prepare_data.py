@@ -21,8 +21,6 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import mean
 
-from util.data import statistics
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
@@ -30,7 +28,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from util import cli
-from util.data import datasets, resize, resized_writer
+from util.data import datasets, resize, resized_writer, statistics
 from util.data.datasets import ImageSet
 from util.data.resized_writer import Recipe, Split
 from util.distributed import world
