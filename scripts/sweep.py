@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         runs = open_sweep(given)
         if given.dry_run:
             for step in (step for run in runs for step in run.left()):
-                print(shlex.join(["python", trial.SCRIPTS[step.task], *step.argv]))
+                print(shlex.join(["python", step.script, *step.argv]))
             return
         status, output = 0, runs[0].folder.parent
         try:
@@ -70,7 +70,7 @@ def open_sweep(given: argparse.Namespace) -> list[trial.SweepRun]:
     """Return the runs (with `--only`: that one), every command checked. ValueError: a user's mistake."""
     check(given)
     content = sweep.load(given.sweep)
-    parser = runpy.run_path(str(ROOT / trial.SCRIPTS["evaluate"]), run_name="evaluate")["make_parser"]()
+    parser = runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="evaluate")["make_parser"]()
     os.environ["WORLD_SIZE"] = str(given.ngpus)  # settings are checked for trainings of so many processes
     try:
         runs = sweep.expand(content, given.output)
@@ -132,7 +132,7 @@ def do_run(run: trial.SweepRun, ngpus: int) -> int:
 
 def do_step(step: trial.Step, ngpus: int, file: IO[str]) -> int:
     """Run one command, in this process if it needs no other ones: the imports are paid. Return its exit status."""
-    script = str(ROOT / trial.SCRIPTS[step.task])
+    script = str(ROOT / step.script)
     if ngpus > 1 and step.task != "evaluate":
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpus}"]
         return subprocess.run([*launcher, script, *step.argv], stdout=file, stderr=subprocess.STDOUT).returncode

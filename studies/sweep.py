@@ -28,23 +28,11 @@ import yaml
 from studies.trial import LAST, Step, SweepRun, text_of
 from util.suggest import check_known
 
-KEYS = {
-    "output": str,
-    "pretrain": dict,
-    "grid": dict,
-    "measure": dict,
-    "adjust": list,
-    "skip": list,
-    "checkpoints": list,
-}
 REQUIRED = ("output", "pretrain", "grid", "measure")
+KEYS = dict.fromkeys(REQUIRED, dict) | {"output": str} | dict.fromkeys(("adjust", "skip", "checkpoints"), list)
 MEASURES = ("evaluate", "linprobe", "finetune")
 MOST_RUNS = 10_000
-_KINDS = {
-    str: "text",
-    dict: "a mapping, such as {name: value}",
-    list: "a list, such as checkpoints: [last] or skip: [{masking: random, seed: 1}]",
-}
+_KINDS = {str: "text", dict: "a mapping, such as {name: value}", list: "a list, such as [last] or [{seed: 1}]"}
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import functools
 import io
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,6 @@ from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings, Se
 from util.files import write_whole
 from util.training import checkpoint
 
-SCRIPTS = {
-    "pretrain": "main_pretrain.py",
-    "linprobe": "main_linprobe.py",
-    "finetune": "main_finetune.py",
-    "evaluate": "scripts/evaluate.py",
-}
 SETTINGS = {"pretrain": PretrainSettings, "linprobe": LinprobeSettings, "finetune": FinetuneSettings}
 LAST = "last"  # the label of checkpoint-last.pth
 RECORD = "command.json"
@@ -40,9 +34,8 @@ class Step:
     """One command of a run.
 
     Attributes:
-        task: a key of `SCRIPTS`.
-        argv: its flags.
-        given: those of them that the sweep file has.
+        task: pretrain, linprobe, finetune or evaluate.
+        argv: its flags, and `given`, those that the sweep file has.
         folder: where its result goes.
         source: the checkpoint that it measures, and `label`, `LAST` or its epoch; None for the pre-training.
     """
@@ -54,6 +47,11 @@ class Step:
     source: Path | None = None
     label: str | None = None
 
+    @property
+    def script(self) -> str:
+        """Path of the script, from the project's folder."""
+        return "scripts/evaluate.py" if self.task == "evaluate" else f"main_{self.task}.py"
+
     @functools.cached_property
     def settings(self) -> Settings | None:
         """Settings of a training; None for an evaluation. ValueError: the flags are wrong."""
@@ -63,10 +61,7 @@ class Step:
 
     def is_done(self) -> bool:
         """Return whether the result is there, and is that of this command and of the checkpoint that is there."""
-        if self.task == "evaluate":
-            complete = bool(_read(self.folder / "result.json"))
-        else:
-            complete = _last_epoch(self.folder) >= self.settings.epochs - 1
+        complete = _last_epoch(self.folder) >= self.settings.epochs - 1 if self.settings else bool(self._result())
         return complete and not self.differences()
 
     def begin(self) -> None:
@@ -90,10 +85,13 @@ class Step:
 
     def numbers(self) -> dict[str, float]:
         """Return what a measurement that is done found."""
-        if self.task == "evaluate":
-            return _numbers(_read(self.folder / "result.json"))
+        if not self.settings:
+            return _numbers(self._result())
         line = epoch_line(self.folder, self.settings.epochs - 1)
         return {f"{self.task}_acc1": line["test_acc1"]} if "test_acc1" in line else {}
+
+    def _result(self) -> dict[str, Any]:
+        return _read(self.folder / "result.json")
 
     def _asked(self) -> dict[str, Any]:
         """Return what decides the result: settings, without the parts of a batch that is given as a whole; weights."""
@@ -180,18 +178,14 @@ def text_of(value: Any) -> Any:
 
 def epoch_line(folder: Path, epoch: int) -> dict[str, float]:
     """Return the numbers of an epoch's line in log.txt; empty if there is none."""
-    try:
-        lines = [_mapping(line) for line in (folder / "log.txt").read_text().splitlines()]
-    except (OSError, ValueError):
-        return {}
-    return next((_numbers(line) for line in lines if line.get("epoch") == epoch), {})
+    return next((_numbers(line) for line in _mappings(folder / "log.txt", "\n") if line.get("epoch") == epoch), {})
 
 
 def _last_epoch(folder: Path) -> int:
     """Return the epoch of a training's last checkpoint: -1 if it is untrained, -2 if there is none that is whole."""
     try:
         epoch = checkpoint.peek(folder / checkpoint.LAST)["epoch"]
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (IndexError, KeyError, TypeError, ValueError):
         return -2
     return epoch if type(epoch) is int else -2
 
@@ -201,16 +195,13 @@ def _numbers(content: dict[str, Any]) -> dict[str, float]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return _mapping(path.read_text())
-    except (OSError, ValueError):
-        return {}
+    return next(_mappings(path), {})
 
 
-def _mapping(text: str) -> dict[str, Any]:
-    """Return the mapping that JSON text holds; empty if it holds something else, or was cut off."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
+def _mappings(path: Path, separator: str = "\0") -> Iterator[dict[str, Any]]:
+    """Yield the mappings in a file of JSON texts, without what was cut off or has another form."""
+    with contextlib.suppress(OSError, ValueError):
+        for text in path.read_text().split(separator):
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(content := json.loads(text), dict):
+                    yield content
