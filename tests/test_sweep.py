@@ -11,9 +11,9 @@ import torch
 import yaml
 from helpers import ROOT, refusal
 
+import masking
 from methods import base
 from studies import sweep
-from util import cli, config
 
 FILE = {
     "output": "out",
@@ -153,22 +153,14 @@ def test_the_batch_is_checked_for_the_processes_of_a_run(tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/sweeps").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_command_of_our_sweeps_is_accepted(path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    settings = {"pretrain": config.PretrainSettings, "linprobe": config.LinprobeSettings}
-    settings |= {"finetune": config.FinetuneSettings}
     runs = sweep.expand(sweep.load(path))
     assert len({found.folder for found in runs}) == len(runs) > 3
     sweep.check(runs)
-    import masking
-
     for found in runs:
-        for step in found.steps:
-            if step.task == "evaluate":
-                continue
-            parsed = cli.parse(settings[step.task], list(step.argv))
-            if step.task == "pretrain":
-                with torch.device("meta"):
-                    patches = base.build_model(parsed).num_patches
-                masking.check(base.create_strategy(parsed), patches)
+        settings = found.steps[0].settings
+        with torch.device("meta"):
+            patches = base.build_model(settings).num_patches
+        masking.check(base.create_strategy(settings), patches)
 
 
 def test_runs_at_the_same_time_share_gpus_and_cores(monkeypatch):

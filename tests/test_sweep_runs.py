@@ -39,8 +39,9 @@ def small(tmp_path):
 
     def write_small(pretrain_changes=(), **changes):
         content = {"output": "out", "grid": {"seed": [0]}, "measure": {"evaluate": {"metrics": ["rank_me"]}}}
+        content |= {"pretrain": pretrain | dict(pretrain_changes)} | changes
         path = tmp_path / "sweep.yaml"
-        path.write_text(yaml.safe_dump({**content, "pretrain": pretrain | dict(pretrain_changes), **changes}, sort_keys=False))
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
         return path
 
     return write_small
@@ -70,7 +71,8 @@ def test_a_sweep_is_stopped_and_continued_and_one_of_its_runs_fails(small, tmp_p
     log = output / "lr=0.001" / "pretrain" / "log.txt"
     end = time.monotonic() + 240
     while not (log.exists() and log.read_text()):
-        assert process.poll() is None and time.monotonic() < end
+        assert process.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.02)
     process.terminate()
     said, _ = process.communicate(timeout=120)
