@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         status, output = 0, runs[0].folder.parent
         try:
-            output.mkdir(parents=True, exist_ok=True)
+            if not given.gather:
+                output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"--output {output}: cannot be made ({error.strerror})") from error
         if given.only:
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         if not given.gather:
             left = [run for run in runs if run.left()]
             print(f"{len(runs)} runs, {len(runs) - len(left)} done", flush=True)
-            if given.cluster == "slurm":
+            if given.cluster == "slurm" and left:
                 submit(left, given, output / "submitit")
             else:
                 status = asyncio.run(run_here(left, given))
@@ -225,10 +226,8 @@ class ClusterJob:
 
 def submit(runs: list[trial.SweepRun], given: argparse.Namespace, folder: Path) -> None:
     """Submit one job array; with `--parallel`, at most so many jobs at a time. ValueError: SLURM refuses it."""
-    try:
-        import submitit
-    except ImportError as error:
-        raise ValueError("--cluster slurm: submitit is missing; pip install submitit") from error
+    import submitit
+
     executor = submitit.AutoExecutor(folder.resolve(), cluster="slurm", slurm_max_num_timeout=100_000)
     executor.update_parameters(
         name="sweep",
