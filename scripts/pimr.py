@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""PIMR and Global PIMR of methods from their accuracies at several mask ratios; studies/pimr.py has the definition.
+"""PIMR and Global PIMR of methods from their accuracies at several mask ratios: Eq. 5 and 6 of the SBAM paper.
 
 scripts/pimr.py output/digits_ratios/results.csv --metric knn --plot pimr.png
 scripts/pimr.py accuracies.csv --metric accuracy --method masking       # any CSV with a row for each result
@@ -18,21 +18,21 @@ from util import cli
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the accuracies, average over seeds, print the table, draw."""
+    """Read the accuracies, average over seeds, print the table, draw the figure."""
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
-        rows = tables.where(tables.read_csv(given.table), given.where)
-        accuracies, left_out = plots.accuracies(plots.curves(rows, given.ratio, given.metric, given.method))
-        own, together = {name: pimr.pimr(a) for name, a in accuracies.items()}, pimr.global_pimr(accuracies)
+        table = tables.where(tables.read_csv(given.table), given.where)
+        accuracies, left_out = plots.accuracies(plots.curves(table, given.ratio, given.metric, given.method))
         if left_out:
             print(left_out)
+        own, together = pimr.pimr(accuracies), pimr.global_pimr(accuracies)
         print(f"{given.method:16}{given.ratio:>12}{given.metric:>16}{'PIMR':>8}{'Global PIMR':>13}")
-        for name, values in accuracies.items():
-            for ratio, accuracy in values.items():
+        for name in accuracies:
+            for ratio, accuracy in accuracies[name].items():
                 print(f"{name:16}{ratio:>12}{accuracy:>16.2f}{own[name][ratio]:>8.3f}{together[name][ratio]:>13.3f}")
-            print(f"{name:16}{'mean':>12}{'':>16}{pimr.mean(own[name]):>8.3f}{pimr.mean(together[name]):>13.3f}")
+            print(f"{name:16}{'mean':>12}{'':>16}{own[name].mean():>8.3f}{together[name].mean():>13.3f}")
         if given.plot:
-            figure = plots.draw(rows, given.ratio, [given.metric], given.method, with_pimr=True)
+            figure = plots.draw(table, given.ratio, [given.metric], given.method, with_pimr=True)
             plots.save(figure, "--plot", given.plot)
 
 

@@ -20,14 +20,14 @@ from util import cli
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read, draw, write."""
+    """Read the table, draw, and write the figure."""
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
-        rows = tables.where(tables.read_csv(given.table), given.where)
+        table = tables.where(tables.read_csv(given.table), given.where)
         output = given.output or Path(given.table).with_suffix(".png")
-        plots.save(plots.draw(rows, given.x, given.y, given.lines, given.pimr), "--output", output)
+        plots.save(plots.draw(table, given.x, given.y, given.lines, given.pimr), "--output", output)
     for metric in given.y if given.pimr else ():
-        left_out = plots.accuracies(plots.curves(rows, given.x, metric, given.lines))[1]
+        left_out = plots.accuracies(plots.curves(table, given.x, metric, given.lines))[1]
         if left_out:
             print(f"{metric}: {left_out}")
     print(f"picture: {output}")

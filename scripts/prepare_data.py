@@ -62,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "source", type=cli.path_text, help="folder, with train/ and val/ or without; or as for --data_path"
     )
-    parser.add_argument("destination", type=cli.path_text, nargs="?", help="folder to write; not with --stats")
+    parser.add_argument("destination", type=_path, nargs="?", help="folder to write; not with --stats")
     parser.add_argument("--dataset", default="folder", help="of the source, as for pre-training")
     side = parser.add_mutually_exclusive_group()
     side.add_argument("--short_side", type=int, help="pixels of the shorter side")
@@ -87,6 +87,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if type(value) is int and value < 1:
             parser.error(f"--{name} {value}: must be at least 1")
     return arguments
+
+
+def _path(text: str) -> str:
+    """Return the same absolute path, however it is written; an empty text as it is."""
+    return os.path.abspath(cli.path_text(text)) if text else text
 
 
 def resize(arguments: argparse.Namespace) -> None:

@@ -9,35 +9,108 @@ scripts/sweep.py SWEEP.yaml --dry_run        # print the commands; --gather only
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
+import asyncio
 import contextlib
-import importlib
+import io
 import os
-import queue
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pandas as pd
 import torch
 
 from studies import sweep, tables, trial
 from util import cli
 from util.distributed import signals, world
+from util.files import write_whole
 from util.training import lock
 
 ROOT = Path(__file__).resolve().parent.parent
+SLURM_FLAGS = ("partition", "account", "qos", "constraint")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Expand, run what is left, gather. Exit status 1 if a run failed, 75 if the sweep was stopped."""
+    given = make_parser().parse_args(argv)
+    with cli.exit_on_user_error():
+        runs = open_sweep(given)
+        if given.dry_run:
+            for step in (step for run in runs for step in run.left()):
+                print(shlex.join(["python", step.script, *step.argv]))
+            return
+        status, output = 0, runs[0].folder.parent
+        try:
+            if not given.gather:
+                output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--output {output}: cannot be made ({error.strerror})") from error
+        if given.only:
+            sys.exit(do_run(runs[0], given.ngpus))
+        if not given.gather:
+            left = [run for run in runs if run.left()]
+            print(f"{len(runs)} runs, {len(runs) - len(left)} done", flush=True)
+            if given.cluster == "slurm" and left:
+                submit(left, given, output / "submitit")
+            else:
+                status = asyncio.run(run_here(left, given))
+        if status != signals.PREEMPTED:
+            gather(runs, output)
+    sys.exit(status)
+
+
+def open_sweep(given: argparse.Namespace) -> list[trial.SweepRun]:
+    """Return the runs (with `--only`: that one), every command checked. ValueError: a user's mistake."""
+    check(given)
+    content = sweep.load(given.sweep)
+    parser = runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="evaluate")["make_parser"]()
+    os.environ["WORLD_SIZE"] = str(given.ngpus)  # settings are checked for trainings of so many processes
+    try:
+        runs = sweep.expand(content, given.output)
+        if given.only is not None:
+            found = [run for run in runs if run.folder.name == given.only]
+            if not found:
+                raise ValueError(f"--only {given.only}: no run has this name; one is {runs[0].folder.name}")
+            runs = found
+        sweep.check(runs)
+        for step in (step for run in runs for step in run.steps if step.task == "evaluate"):
+            trial.parsed("measure.evaluate", parser.parse_args, list(step.argv))
+    except ValueError as error:
+        raise ValueError(f"{given.sweep}: {error}") from error
+    finally:
+        del os.environ["WORLD_SIZE"]
+    return runs
+
+
+def check(given: argparse.Namespace) -> None:
+    """ValueError for flags that cannot work, before the sweep file is read."""
+    for name in ("parallel", "ngpus", "timeout", "cpus_per_task"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise ValueError(f"--{name} {getattr(given, name)}: must be at least 1")
+    if given.output == "":
+        raise ValueError("--output '': is empty; name a folder")
+    for name in SLURM_FLAGS:
+        if not (getattr(given, name) or "").isprintable():
+            raise ValueError(f"--{name} {getattr(given, name)!r}: holds a control character")
+    if given.cluster == "slurm" and not (given.dry_run or given.gather):
+        missing = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
+        if missing:
+            raise ValueError(
+                f"--cluster slurm: {' and '.join(missing)} not found on this machine; use one of a SLURM cluster's, "
+                "or leave --cluster out to run here"
+            )
 
 
 def do_run(run: trial.SweepRun, ngpus: int) -> int:
-    """The steps of one run that are left, in order. The exit status of the first that fails, which is told; else 0."""
+    """Do the steps of one run that are left, in order. Return the exit status of the first that fails, or 0."""
     run.folder.mkdir(parents=True, exist_ok=True)
     try:
         held = lock.hold(run.folder, wait_s=0, flag="--output")
@@ -51,30 +124,23 @@ def do_run(run: trial.SweepRun, ngpus: int) -> int:
             step.begin()
             log = step.folder / "output.txt"
             with open(log, "a") as file:
-                status = _launch(step, file, ngpus) if ngpus > 1 else _call(step, file)
+                status = do_step(step, ngpus, file)
             if status or not step.is_done():
                 print(f"{step.task} was stopped" if status == signals.PREEMPTED else f"{step.task} failed, see {log}")
                 return status or 1
     return 0
 
 
-def _launch(step: trial.Step, file, ngpus: int) -> int:
-    launcher = [sys.executable]
-    if step.task != "evaluate":
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpus}"]
-    command = [*launcher, str(ROOT / step.script), *step.argv]
-    return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
-
-
-def _call(step: trial.Step, file) -> int:
-    """Run a step in this process, which has paid for the imports already."""
+def do_step(step: trial.Step, ngpus: int, file: IO[str]) -> int:
+    """Run one command, in this process if it needs no other ones: the imports are paid. Return its exit status."""
+    script = str(ROOT / step.script)
+    if ngpus > 1 and step.task != "evaluate":
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpus}"]
+        return subprocess.run([*launcher, script, *step.argv], stdout=file, stderr=subprocess.STDOUT).returncode
+    main = runpy.run_path(script, run_name=step.task)["main"]
     with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            if step.task == "evaluate":
-                runpy.run_path(str(ROOT / step.script), run_name="evaluate")["main"](list(step.argv))
-            else:
-                sys.path.insert(0, str(ROOT))
-                importlib.import_module(f"main_{step.task}").main(list(step.argv))
+            main(list(step.argv))
         except SystemExit as stop:
             return stop.code if isinstance(stop.code, int) else 1
         except Exception:
@@ -83,169 +149,54 @@ def _call(step: trial.Step, file) -> int:
     return 0
 
 
-class Processes:
-    """Runs in processes of their own. A signal to this one stops them all, and their trainings write checkpoints."""
-
-    def __init__(self):
-        self.stopped = False
-        self._groups: set[int] = set()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._stop)
-
-    def __call__(self, command: list[str], **variables: str) -> tuple[int, str]:
-        """Exit status, and what was printed, with these environment variables besides this process's own."""
-        if self.stopped:
-            return signals.PREEMPTED, "not begun"
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, start_new_session=True, env=os.environ | variables
-        )
-        self._groups.add(process.pid)
-        if self.stopped:  # while it was started
-            _end(process.pid)
-        said, _ = process.communicate()
-        self._groups.discard(process.pid)
-        return process.returncode, said.strip()
-
-    def _stop(self, number: int, frame) -> None:
-        self.stopped = True
-        for group in list(self._groups):
-            _end(group)
+def command(given: argparse.Namespace, run: trial.SweepRun) -> list[str]:
+    """Return the command that does one run."""
+    output = ["--output", given.output] if given.output else []
+    flags = [given.sweep, "--ngpus", str(given.ngpus), *output, "--only", run.folder.name]
+    return [sys.executable, str(ROOT / "scripts/sweep.py"), *flags]
 
 
-def _end(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGTERM)
+async def run_here(runs: list[trial.SweepRun], given: argparse.Namespace) -> int:
+    """Do `--parallel` runs at a time, each in a process. Return 1 if one failed, 75 if a signal stopped them all."""
+    groups: set[int] = set()
+    stopped, done, failed = asyncio.Event(), 0, 0
+    free = asyncio.Queue()
+    for share in shares(given.parallel or 1, given.ngpus):
+        free.put_nowait(share)
 
+    def stop() -> None:  # the trainings write checkpoints
+        stopped.set()
+        for group in groups:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGTERM)
 
-class ClusterJob:
-    """What submitit runs: this script again, for one run. Holds no class of this project, which it could not import."""
+    async def do(run: trial.SweepRun) -> None:
+        nonlocal done, failed
+        share = await free.get()
+        if not stopped.is_set():
+            process = await asyncio.create_subprocess_exec(
+                *command(given, run), stdout=subprocess.PIPE, start_new_session=True, env=os.environ | share
+            )
+            groups.add(process.pid)
+            if stopped.is_set():  # while it was started
+                stop()
+            said = (await process.communicate())[0].decode(errors="replace").strip()
+            groups.remove(process.pid)
+            done, failed = done + 1, failed + (process.returncode != 0)
+            print(f"[{done}/{len(runs)}] {run.folder.name}: {said or 'done'}", flush=True)
+        free.put_nowait(share)
 
-    def __init__(self, command: list[str]):
-        self.command = command
-
-    def __call__(self) -> int:
-        """The exit status."""
-        return subprocess.run(self.command, check=False).returncode
-
-    def checkpoint(self):
-        """Called by submitit before the time limit and on preemption: the same job again, which continues."""
-        import submitit
-
-        return submitit.helpers.DelayedSubmission(self)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Expand, run what is left, gather; exit status 1 if a run failed."""
-    given = make_parser().parse_args(argv)
-    with cli.exit_on_user_error():
-        content, runs = open_sweep(given)
-    if given.dry_run:
-        for run in runs:
-            for step in run.left():
-                print(shlex.join(["python", step.script, *step.argv]))
-        return
-    if given.only:
-        sys.exit(do_run(runs[0], given.ngpus))
-    failures = 0
-    if not given.gather:
-        left = [run for run in runs if run.left()]
-        print(f"{len(runs)} runs, {len(runs) - len(left)} done", flush=True)
-        adopted = sum(step.is_adopted() for run in runs for step in run.steps)
-        if adopted:
-            print(f"{adopted} measurements have no command.json: taken to be those of the sweep file as it is now")
-        failures = run_locally(left, given) if given.cluster is None else submit(left, given)
-    gather(runs, Path(given.output or content["output"]), list(content["grid"]))
-    sys.exit(1 if failures else 0)
-
-
-def open_sweep(given: argparse.Namespace) -> tuple[dict[str, Any], list[trial.SweepRun]]:
-    """The sweep file and its runs (with `--only`: that one), every command checked. ValueError: a user's mistake."""
-    if (given.parallel is not None and given.parallel < 1) or given.ngpus < 1:
-        raise ValueError(f"--parallel {given.parallel} --ngpus {given.ngpus}: must be at least 1")
-    content = sweep.load(given.sweep)
-    try:
-        runs = sweep.expand(content, given.output)
-        if given.only:
-            runs = [only_run(given.only, runs)]
-        with as_one_of(given.ngpus):
-            sweep.check(runs)
-        check_evaluations(runs)
-    except ValueError as error:
-        raise ValueError(f"{given.sweep}: {error}") from error
-    return content, runs
-
-
-def only_run(name: str, runs: list[trial.SweepRun]) -> trial.SweepRun:
-    """The run of this name. ValueError: there is none."""
-    found = [run for run in runs if run.folder.name == name]
-    if not found:
-        raise ValueError(f"--only {name}: the sweep has no run of this name, such as {runs[0].folder.name}")
-    return found[0]
-
-
-@contextlib.contextmanager
-def as_one_of(processes: int) -> Iterator[None]:
-    """Within it, settings are checked for trainings of so many processes."""
-    before = os.environ.get("WORLD_SIZE")
-    os.environ["WORLD_SIZE"] = str(processes)
-    try:
-        yield
-    finally:
-        os.environ.pop("WORLD_SIZE")
-        if before is not None:
-            os.environ["WORLD_SIZE"] = before
-
-
-def check_evaluations(runs: list[trial.SweepRun]) -> None:
-    """ValueError if scripts/evaluate.py does not take the flags of an evaluation."""
-    steps = [step for run in runs for step in run.steps if step.task == "evaluate"]
-    if not steps:
-        return
-    parser = runpy.run_path(str(ROOT / steps[0].script), run_name="evaluate")["make_parser"]()
-
-    def refuse(message: str) -> NoReturn:
-        raise ValueError(f"measure.evaluate: {message}; scripts/evaluate.py --help lists the flags")
-
-    parser.error = refuse
-    for step in steps:
-        parser.parse_args(list(step.argv))
-
-
-def only(given: argparse.Namespace, run: trial.SweepRun) -> list[str]:
-    """The command that does one run."""
-    command = [sys.executable, str(ROOT / "scripts/sweep.py"), given.sweep, "--ngpus", str(given.ngpus)]
-    command += ["--output", given.output] if given.output else []
-    return [*command, "--only", run.folder.name]
-
-
-def run_locally(runs: list[trial.SweepRun], given: argparse.Namespace) -> int:
-    """`--parallel` runs at a time, each in a process. Returns how many failed; exit status 75 if it was stopped."""
-    failures, processes, parallel = 0, Processes(), given.parallel or 1
-    free = queue.SimpleQueue()
-    for share in shares(parallel, given.ngpus):
-        free.put(share)
-
-    def do(run: trial.SweepRun) -> tuple[int, str]:
-        share = free.get()
-        try:
-            return processes(only(given, run), **share)
-        finally:
-            free.put(share)
-
-    with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
-        jobs = {pool.submit(do, run): run for run in runs}
-        for number, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-            status, said = job.result()
-            failures += status != 0
-            print(f"[{number}/{len(jobs)}] {jobs[job].folder.name}: {said or 'done'}", flush=True)
-    if processes.stopped:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    await asyncio.gather(*map(do, runs))
+    if stopped.is_set():
         print("stopped; the same command continues")
-        sys.exit(signals.PREEMPTED)
-    return failures
+        return signals.PREEMPTED
+    return int(failed > 0)
 
 
 def shares(parallel: int, ngpus: int) -> list[dict[str, str]]:
-    """Environment of each of the runs at a time: the GPUs in turns, if there are enough for one; part of the cores."""
+    """Return the environment of each of the runs at a time: GPUs in turns, if there are enough for one; some cores."""
     here = ",".join(map(str, range(torch.cuda.device_count())))
     gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", here).split(",") if gpu]
     groups = [",".join(gpus[first : first + ngpus]) for first in range(0, len(gpus) - ngpus + 1, ngpus)]
@@ -256,47 +207,65 @@ def shares(parallel: int, ngpus: int) -> list[dict[str, str]]:
     return [common | {"CUDA_VISIBLE_DEVICES": groups[place % len(groups)]} for place in range(parallel)]
 
 
-def submit(runs: list[trial.SweepRun], given: argparse.Namespace) -> int:
-    """One job array; with `--parallel`, at most so many jobs at a time. Waits only for jobs on this machine."""
-    try:
+class ClusterJob:
+    """What submitit runs: this script again, for one run. Holds no class of this project, which it could not import."""
+
+    def __init__(self, command: list[str]):
+        self.command = command
+
+    def __call__(self) -> int:
+        """Return the exit status."""
+        return subprocess.run(self.command, check=False).returncode
+
+    def checkpoint(self):
+        """Return the same job again, which continues: called before the time limit and on preemption."""
         import submitit
-    except ImportError:
-        print("sweep.py: error: submitit is missing; pip install submitit", file=sys.stderr)
-        sys.exit(2)
-    folder = Path(given.output or sweep.load(given.sweep)["output"]).resolve() / "submitit"
-    executor = submitit.AutoExecutor(folder, cluster=given.cluster, slurm_max_num_timeout=100_000)
-    parameters = {"name": "sweep", "timeout_min": given.timeout, "cpus_per_task": given.cpus_per_task}
-    if given.cluster == "slurm":
-        parameters |= {"gpus_per_node": given.ngpus, "slurm_array_parallelism": given.parallel or len(runs)}
-        names = ("partition", "account", "qos", "constraint")
-        parameters |= {f"slurm_{name}": getattr(given, name) for name in names if getattr(given, name)}
-    executor.update_parameters(**parameters)
-    with executor.batch():
-        jobs = [executor.submit(ClusterJob(only(given, run))) for run in runs]
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def submit(runs: list[trial.SweepRun], given: argparse.Namespace, folder: Path) -> None:
+    """Submit one job array; with `--parallel`, at most so many jobs at a time. ValueError: SLURM refuses it."""
+    import submitit
+
+    executor = submitit.AutoExecutor(folder.resolve(), cluster="slurm", slurm_max_num_timeout=100_000)
+    executor.update_parameters(
+        name="sweep",
+        timeout_min=given.timeout,
+        cpus_per_task=given.cpus_per_task,
+        gpus_per_node=given.ngpus,
+        slurm_array_parallelism=given.parallel or len(runs),
+        **{f"slurm_{name}": getattr(given, name) for name in SLURM_FLAGS if getattr(given, name)},
+    )
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # submitit repeats there what it raises
+            jobs = [executor.submit(ClusterJob(command(given, run))) for run in runs]
+    except submitit.core.utils.FailedJobError as error:
+        raise ValueError(
+            f"SLURM refuses the jobs: {str(error).strip().splitlines()[-1].removeprefix('sbatch: error: ')}"
+        ) from error
     print(f"submitted {len(jobs)} jobs; logs in {folder}; the same command with --gather makes the table")
-    if given.cluster == "slurm":
-        return 0
-    return sum(job.result() != 0 for job in jobs)
 
 
-def gather(runs: list[trial.SweepRun], output: Path, keys: list[str]) -> None:
-    """Write results.csv and results.md, and print the latter."""
+def gather(runs: list[trial.SweepRun], output: Path) -> None:
+    """Write results.csv and results.md, and print the latter. ValueError: they cannot be written."""
     rows = [row for run in runs for row in run.rows()]
     if not rows:
         print("no result yet")
         return
-    output.mkdir(parents=True, exist_ok=True)
-    tables.write_csv(output / "results.csv", rows)
-    keys = [name for name in keys if name != "seed"]
-    columns = dict.fromkeys(name for row in rows for name in row)
-    metrics = [name for name in columns if name not in (*keys, "seed", "checkpoint", "seconds")]
-    table = tables.markdown(rows, [*keys, "checkpoint"], metrics)
-    (output / "results.md").write_text(table)
-    print(table)
+    table, settings = pd.DataFrame(rows), [*runs[0].point, "checkpoint"]
+    metrics = [name for name in table if name not in (*settings, "seconds")]
+    means = tables.markdown(table, [name for name in settings if name != "seed"], metrics)
+    try:
+        write_whole(output / "results.csv", table.to_csv(index=False))
+        write_whole(output / "results.md", means)
+    except OSError as error:
+        raise ValueError(f"{output}: the tables cannot be written ({error.strerror})") from error
+    print(means)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=cli.path_text, help="YAML file, see studies/sweep.py and configs/sweeps/")
     parser.add_argument("--output", type=cli.path_text, help="folder for all runs; default: the file's")
@@ -305,10 +274,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dry_run", action="store_true", help="print the commands that are left")
     parser.add_argument("--gather", action="store_true", help="only make the table of what is there")
     parser.add_argument("--only", metavar="NAME", help="only the run of this name, without the table")
-    parser.add_argument("--cluster", choices=["slurm", "local"], help="through submitit; local: without SLURM")
+    parser.add_argument("--cluster", choices=["slurm", "local"], default="local", help="default: here, without SLURM")
     parser.add_argument("--timeout", type=int, default=4320, help="SLURM: minutes until a job is queued again")
     parser.add_argument("--cpus_per_task", type=int, default=10, help="SLURM: cores of a job")
-    for name in ("partition", "account", "qos", "constraint"):
+    for name in SLURM_FLAGS:
         parser.add_argument(f"--{name}", help=f"SLURM's --{name}")
     return parser
 

@@ -18,6 +18,7 @@ A sweep file is YAML:
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,16 @@ from util import yaml_files
 from util.files import expand_home
 from util.suggest import check_known
 
-KEYS = ("output", "pretrain", "grid", "adjust", "skip", "checkpoints", "measure")
+REQUIRED = ("output", "pretrain", "grid", "measure")
+KEYS = dict.fromkeys(REQUIRED, dict) | {"output": str} | dict.fromkeys(("adjust", "skip", "checkpoints"), list)
 MEASURES = ("evaluate", "linprobe", "finetune")
-_LISTS = {
-    "adjust": "[{when: {masking: sbam_amr}, set: {mask_ratio: 0.6}}]",
-    "skip": "[{masking: random, seed: 1}]",
-    "checkpoints": "[last]",
-}
+MOST_RUNS = 10_000
+_KINDS = {str: "text", dict: "a mapping, such as {name: value}", list: "a list, such as [last] or [{seed: 1}]"}
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """A sweep file, checked. ValueError, in one sentence, for anything that cannot be one."""
+    """Read and check a sweep file. ValueError, in one sentence, for anything that cannot be one."""
     content = yaml_files.load(path)
-    if not isinstance(content.get("grid"), dict):
-        raise ValueError(f"{path}: a sweep file needs the keys output, pretrain, grid and measure")
     try:
         _check_form(content)
         _check_grid(content)
@@ -50,71 +47,74 @@ def load(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def _check_form(content: dict[str, Any]) -> None:
-    for key in content:
-        check_known("key", key, KEYS)
-    for key in ("output", "pretrain", "grid", "measure"):
-        if not content.get(key):
-            raise ValueError(f"the key {key} is missing")
-    for key in ("pretrain", "measure"):
-        _check_mapping(key, content[key])
+def _check_form(content: Any) -> None:
+    _must(isinstance(content, dict), f"a sweep file needs the keys {', '.join(REQUIRED)}")
+    for key, value in content.items():
+        check_known("key", str(key), KEYS)
+        if value is not None or key not in REQUIRED:
+            _check_kind(key, value, KEYS[key])
+    for key in REQUIRED:
+        _must(bool(content.get(key)), f"the key {key} is missing")
     for task, given in content["measure"].items():
         check_known("key", task, MEASURES)
         if given is not None:
-            _check_mapping(f"measure.{task}", given)
-    for key in ("adjust", "skip", "checkpoints"):
-        if not isinstance(content.get(key, []), list):
-            raise ValueError(f"{key} must be a list, such as {_LISTS[key]}")
-    if "epochs" not in content["pretrain"] and "epochs" not in content["grid"]:
-        raise ValueError("pretrain.epochs is missing; a run is done when its last epoch is")
+            _check_kind(f"measure.{task}", given, dict)
+    epochs = "epochs" in content["pretrain"] or "epochs" in content["grid"]
+    _must(epochs, "pretrain.epochs is missing; a run is done when its last epoch is")
     for label in content.get("checkpoints", []):
-        if label != LAST and type(label) is not int:
-            raise ValueError(f"checkpoints: {label} must be last, or an epoch such as 99")
+        _must(label == LAST or type(label) is int, f"checkpoints: {label} must be last, or an epoch such as 99")
 
 
 def _check_grid(content: dict[str, Any]) -> None:
-    for name, values in content["grid"].items():
-        if not isinstance(values, list) or not values:
-            raise ValueError(f"grid.{name} must be a list of values")
-        twice = [value for place, value in enumerate(values) if value in values[:place]]
-        if twice:
-            raise ValueError(f"grid.{name} has {text_of(twice[0])} twice")
+    grid, conditions = content["grid"], [("skip: a rule", rule) for rule in content.get("skip", [])]
+    for name, values in grid.items():
+        _must(isinstance(values, list) and bool(values), f"grid.{name} must be a list of values")
+        twice = [text_of(value) for place, value in enumerate(values) if value in values[:place]]
+        _must(not twice, f"grid.{name} has {', '.join(map(str, twice))} twice")
+    number = math.prod(map(len, grid.values()))
+    _must(number <= MOST_RUNS, f"grid: asks for {number} runs; at most {MOST_RUNS} are possible, so take values out")
     for rule in content.get("adjust", []):
-        if not isinstance(rule, dict) or rule.keys() != {"when", "set"}:
-            raise ValueError(f"adjust: {rule} must have the keys when and set, as in {_LISTS['adjust']}")
-        _check_mapping("adjust: set", rule["set"])
-    conditions = [("adjust: when", rule["when"]) for rule in content.get("adjust", [])]
-    for key, condition in conditions + [("skip: a rule", rule) for rule in content.get("skip", [])]:
-        _check_mapping(key, condition)
+        right = isinstance(rule, dict) and rule.keys() == {"when", "set"}
+        _must(right, f"adjust: {rule} must have the keys when and set, as {{when: {{seed: 1}}, set: {{lr: 0.1}}}}")
+        _check_kind("adjust: set", rule["set"], dict)
+        conditions.append(("adjust: when", rule["when"]))
+    for key, condition in conditions:
+        _check_kind(key, condition, dict)
         for name in condition:
-            check_known("key", name, content["grid"])
+            check_known("key", name, grid)
 
 
-def _check_mapping(key: str, value: Any) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{key} must be a mapping, such as {{name: value}}, not {value}")
+def _check_kind(key: str, value: Any, kind: type) -> None:
+    _must(isinstance(value, kind), f"{key} must be {_KINDS[kind]}, not {value}")
+    for name in value if kind is dict else ():
+        _must(isinstance(name, str), f"{key}: the name {name} must be text; put it in quotation marks")
+
+
+def _must(right: bool, message: str) -> None:
+    if not right:
+        raise ValueError(message)
 
 
 def expand(content: dict[str, Any], output: str | Path | None = None) -> list[SweepRun]:
-    """The runs of a sweep; `output` replaces the file's own. ValueError: all are skipped, or two have one name."""
-    folder = Path(output or content["output"])
-    names = list(content["grid"])
+    """Return the runs of a sweep; `output` replaces the file's own. ValueError: none is left, or names collide."""
+    folder = Path(content["output"] if output is None else output).expanduser()
     runs: dict[str, SweepRun] = {}
     for values in itertools.product(*content["grid"].values()):
-        point = dict(zip(names, values, strict=True))
+        point = dict(zip(content["grid"], values, strict=True))
         if any(_matches(point, condition) for condition in content.get("skip", [])):
             continue
         name = "-".join(f"{name}={text_of(value)}" for name, value in point.items()).replace("/", "_")
-        if name in runs:
-            raise ValueError(f"grid: two runs have the name {name}; write their values so that they differ in it")
+        _must(name not in runs, f"grid: two runs have the name {name}; write their values so that they differ in it")
+        _must(
+            len(name.encode()) < 256, f"grid: {name} is too long for the name of a folder; put shared values elsewhere"
+        )
         runs[name] = _run(content, point, folder / name)
-    if not runs:
-        raise ValueError("skip: leaves no run out of the grid's combinations; take a rule away")
+    _must(bool(runs), "skip: leaves no run out of the grid's combinations; take a rule away")
     return list(runs.values())
 
 
 def check(runs: Iterable[SweepRun]) -> None:
-    """Every command of a training as its own parser sees it, its checkpoints, and what the folders hold.
+    """Check every training's command with its own parser, its checkpoints, and what the folders hold.
 
     Raises:
         ValueError: a run could not work, or its folder holds another one.
@@ -126,18 +126,16 @@ def check(runs: Iterable[SweepRun]) -> None:
         every, last = settings.save_every_epochs, settings.epochs - 1
         kept = [e for e in range(settings.epochs) if every is not None and (e % every == 0 or e == last)]
         kept = kept[-settings.keep_last :] if settings.keep_last else kept
-        for label in run.labels:
-            if label not in (None, LAST) and int(label) not in kept:
-                raise ValueError(
-                    f"checkpoints: {label}: {run.folder.name} keeps none of this epoch, with --epochs "
-                    f"{settings.epochs} --save_every_epochs {every} --keep_last {settings.keep_last}; "
-                    f"choose one of {[LAST, *kept]}"
-                )
+        for label in {step.label for step in run.steps} - {None, LAST, *map(str, kept)}:
+            raise ValueError(
+                f"checkpoints: {label}: {run.folder.name} keeps none of this epoch, with --epochs {settings.epochs} "
+                f"--save_every_epochs {every} --keep_last {settings.keep_last}; choose one of {[LAST, *kept]}"
+            )
         run.check()
 
 
 def flags(options: dict[str, Any]) -> list[str]:
-    """`{"epochs": 3, "metrics": ["knn"], "masking_args": {"delta": 0.1}}` as command-line flags.
+    """Write `{"epochs": 3, "metrics": ["knn"], "masking_args": {"delta": 0.1}}` as command-line flags.
 
     `--config` comes first: a flag before it would yield to it.
     """
@@ -160,18 +158,15 @@ def _run(content: dict[str, Any], point: dict[str, Any], folder: Path) -> SweepR
             options = _merged(options, rule["set"])
     pretrain = folder / "pretrain"
     steps = [Step("pretrain", (*flags(options), "--output_dir", str(pretrain)), options, pretrain)]
-    labels: list[str | None] = [None]
     for label in map(str, content.get("checkpoints", [LAST])):
         source = pretrain / f"checkpoint-{label}.pth"
         for task, given in content["measure"].items():
             target, given = folder / f"{task}-{label}", given or {}
+            argv = (*flags(given), "--finetune", str(source), "--output_dir", str(target))
             if task == "evaluate":
                 argv = (str(source), *flags(given), "--output", str(target / "result.json"))
-            else:
-                argv = (*flags(given), "--finetune", str(source), "--output_dir", str(target))
-            steps.append(Step(task, argv, given, target, source))
-            labels.append(label)
-    return SweepRun(point, folder, tuple(steps), tuple(labels))
+            steps.append(Step(task, argv, given, target, source, label))
+    return SweepRun(point, folder, tuple(steps))
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

@@ -1,137 +1,99 @@
-"""Tables of results: CSV with a row for each run, and means over seeds with confidence intervals."""
+"""Tables of results: read, select, and average over seeds with confidence intervals."""
 
 from __future__ import annotations
 
-import csv
-import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
 from scipy import stats
 
-Row = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class Summary:
-    """Mean of `count` values and half the width of its 95% confidence interval (Student's t); NaN for one value."""
-
-    mean: float
-    half_width: float
-    count: int
-
-    def __str__(self) -> str:
-        interval = "" if math.isnan(self.half_width) else f" ± {self.half_width:.2f}"
-        return f"{self.mean:.2f}{interval}"
-
-
-def summarize(values: list[float]) -> Summary:
-    """Mean and 95% confidence interval of independent values."""
-    count, mean = len(values), sum(values) / len(values)
-    if count < 2:
-        return Summary(mean, math.nan, count)
-    deviation = math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1))
-    return Summary(mean, float(stats.t.ppf(0.975, count - 1)) * deviation / math.sqrt(count), count)
-
-
-def write_csv(path: Path, rows: list[Row]) -> None:
-    """All rows, with every column that any of them has."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def read_csv(path: str | Path) -> list[Row]:
-    """Rows of a CSV file, numbers as numbers, empty cells left out. ValueError: no such file, or no row."""
+def read_csv(path: str | Path) -> pd.DataFrame:
+    """Read a CSV file with a row for each result. ValueError: it cannot be read, or holds no result."""
     try:
-        with open(path, newline="") as file:
-            rows = [{k: _value(v) for k, v in row.items() if v not in ("", None)} for row in csv.DictReader(file)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        # Only an empty cell or nan is missing: the text None is a value of a grid.
+        table = pd.read_csv(
+            path, keep_default_na=False, na_values=["", "nan"], float_precision="round_trip", index_col=False
+        )
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as CSV ({error})") from error
-    if not rows:
+    if table.empty:
         raise ValueError(f"{path}: holds no result")
-    return rows
+    return table
 
 
-def where(rows: list[Row], conditions: list[str]) -> list[Row]:
-    """The rows that match every `NAME=VALUE`. ValueError: not of this form, or no row does."""
+def where(table: pd.DataFrame, conditions: list[str]) -> pd.DataFrame:
+    """Return the rows that match every `NAME=VALUE`. ValueError: a condition has another form, or matches no row."""
     for condition in conditions:
         name, equals, value = condition.partition("=")
         if not equals:
             raise ValueError(f"--where {condition}: write NAME=VALUE, such as checkpoint=last")
-        _check_column(rows, name)
-        kept = [row for row in rows if row.get(name) == _value(value)]
-        if not kept:
-            found = ", ".join(map(str, dict.fromkeys(row[name] for row in rows if name in row)))
+        _check_column(table, name)
+        number = pd.to_numeric(pd.Series([value]), errors="coerce")[0]
+        equal = (table[name].astype(str) == value) | (pd.to_numeric(table[name], errors="coerce") == number)
+        if not equal.any():
+            found = ", ".join(map(str, table[name].dropna().unique()))
             raise ValueError(f"--where {condition}: no row has it; {name} is {found}")
-        rows = kept
-    return rows
+        table = table[equal]
+    return table
 
 
-def group(rows: list[Row], keys: list[str], metric: str) -> dict[tuple, Summary]:
-    """`metric` summarized over the seeds of all rows that agree in `keys`.
+def summarize(table: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame:
+    """Average `metric` over the seeds of all rows that agree in `keys`.
+
+    Returns:
+        Columns `mean`, `half_width` (half the 95% confidence interval, Student's t; NaN for one value) and `count`,
+        with `keys` as the index.
 
     Raises:
-        ValueError: a column that no row has; or rows that agree in `keys` and differ in more than the seed and what
-            was measured.
+        ValueError: a column is missing, the metric is not numeric, or rows that agree in `keys` differ in more than
+            the seed and what was measured.
     """
     for name in (*keys, metric):
-        _check_column(rows, name)
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        if metric in row:
-            groups.setdefault(tuple(row.get(key) for key in keys), []).append(row)
-    for found in groups.values():
-        _check_only_seeds_differ(found, keys, metric, columns)
-    return {key: summarize([_number(row, metric) for row in found]) for key, found in groups.items()}
+        _check_column(table, name)
+    if not is_numeric_dtype(table[metric]):
+        value = next(cell for cell in table[metric] if not isinstance(cell, (int, float)))
+        raise ValueError(f"the column {metric!r} holds {value!r}, which is no number; name another one")
+    groups = table.dropna(subset=[metric]).groupby(keys, sort=False, dropna=False)
+    for _, rows in groups:
+        _check_only_seeds_differ(rows, keys, metric)
+    found = groups[metric].agg(["mean", "sem", "count"])
+    found["half_width"] = found["sem"] * stats.t.ppf(0.975, found["count"] - 1)
+    return found[["mean", "half_width", "count"]]
 
 
-def _check_only_seeds_differ(rows: list[Row], keys: list[str], metric: str, columns: list[str]) -> None:
+def _check_only_seeds_differ(rows: pd.DataFrame, keys: list[str], metric: str) -> None:
     """A sweep's settings are the columns up to `checkpoint`. In other tables, rows of one seed show what differs."""
-    settings = columns[: columns.index("checkpoint") + 1] if "checkpoint" in columns else []
-    if len({row.get("seed") for row in rows}) < len(rows):
-        settings = columns
+    settings = list(rows.columns[: rows.columns.get_loc("checkpoint") + 1]) if "checkpoint" in rows else []
+    if len(rows) > (rows["seed"].nunique(dropna=False) if "seed" in rows else 1):
+        settings = list(rows.columns)
     for name in settings:
-        values = list(dict.fromkeys(row.get(name) for row in rows))
+        values = rows[name].unique()
         if name not in (*keys, "seed", metric) and len(values) > 1:
-            point = " ".join(f"{key}={rows[0].get(key)}" for key in keys)
+            point = " ".join(f"{key}={rows[key].iloc[0]}" for key in keys)
             raise ValueError(
                 f"the table has results with {name} {' and '.join(map(str, values[:3]))} at {point}, "
                 f"and only seeds are averaged; choose one with --where {name}={values[-1]}"
             )
 
 
-def _check_column(rows: list[Row], name: str) -> None:
-    if not any(name in row for row in rows):
-        columns = ", ".join(dict.fromkeys(column for row in rows for column in row))
-        raise ValueError(f"the table has no column {name!r}; it has {columns}")
+def _check_column(table: pd.DataFrame, name: str) -> None:
+    columns = table.dropna(axis="columns", how="all").columns
+    if name not in columns:
+        raise ValueError(f"the table has no column {name!r}; it has {', '.join(map(str, columns))}")
 
 
-def _number(row: Row, name: str) -> float:
-    if not isinstance(row[name], (int, float)):
-        raise ValueError(f"the column {name!r} holds {row[name]!r}, which is no number; name another one")
-    return float(row[name])
+def markdown(table: pd.DataFrame, keys: list[str], metrics: list[str]) -> str:
+    """Format a Markdown table: mean ± half the 95% interval of each metric for each value of `keys`, and n."""
+    found = {metric: summarize(table, keys, metric) for metric in metrics}
+    cells = pd.DataFrame({metric: summaries.apply(_cell, axis=1) for metric, summaries in found.items()}).fillna("")
+    cells["n"] = pd.DataFrame({metric: summaries["count"] for metric, summaries in found.items()}).max(axis=1)
+    rows = cells.astype({"n": int}).reset_index().astype(str)
+    lines = [list(rows.columns), ["---"] * len(rows.columns), *rows.values.tolist()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def markdown(rows: list[Row], keys: list[str], metrics: list[str]) -> str:
-    """A Markdown table: a line for each value of `keys`, mean ± half the 95% interval of each metric, and n."""
-    found = {metric: group(rows, keys, metric) for metric in metrics}
-    lines = ["| " + " | ".join([*keys, *metrics, "n"]) + " |", "|" + "---|" * (len(keys) + len(metrics) + 1)]
-    for key in dict.fromkeys(key for groups in found.values() for key in groups):
-        cells = [str(found[metric].get(key, "")) for metric in metrics]
-        count = max(groups[key].count for groups in found.values() if key in groups)
-        lines.append("| " + " | ".join([*map(str, key), *cells, str(count)]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _value(text: str) -> Any:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            pass
-    return text
+def _cell(summary: pd.Series) -> str:
+    interval = "" if pd.isna(summary["half_width"]) else f" ± {summary['half_width']:.2f}"
+    return f"{summary['mean']:.2f}{interval}"

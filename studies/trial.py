@@ -1,4 +1,7 @@
-"""A run of a sweep: its commands, which of them are done, and the numbers that came out."""
+"""A run of a sweep: its commands, which of them are done, and the numbers that came out.
+
+Nothing that stands in a run's files is imported or called; a file of another form than expected counts as not there.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import functools
 import io
 import json
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +20,9 @@ from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings, Se
 from util.files import write_whole
 from util.training import checkpoint
 
-SCRIPTS = {
-    "pretrain": "main_pretrain.py",
-    "linprobe": "main_linprobe.py",
-    "finetune": "main_finetune.py",
-    "evaluate": "scripts/evaluate.py",
-}
 SETTINGS = {"pretrain": PretrainSettings, "linprobe": LinprobeSettings, "finetune": FinetuneSettings}
 LAST = "last"  # the label of checkpoint-last.pth
+RECORD = "command.json"
 # What may differ between what a folder holds and what is asked for: how fast a run is, and what it shows.
 _FREE = set().union(*(names_of_kind(settings, "speed", "display") for settings in SETTINGS.values()))
 
@@ -33,11 +32,10 @@ class Step:
     """One command of a run.
 
     Attributes:
-        task: a key of `SCRIPTS`.
-        argv: its flags.
-        given: those of them that the sweep file has.
+        task: pretrain, linprobe, finetune or evaluate.
+        argv: its flags, and `given`, those that the sweep file has.
         folder: where its result goes.
-        source: the checkpoint that it measures; None for the pre-training.
+        source: the checkpoint that it measures, and `label`, `LAST` or its epoch; None for the pre-training.
     """
 
     task: str
@@ -45,95 +43,62 @@ class Step:
     given: dict[str, Any]
     folder: Path
     source: Path | None = None
+    label: str | None = None
 
     @property
     def script(self) -> str:
         """Path of the script, from the project's folder."""
-        return SCRIPTS[self.task]
+        return "scripts/evaluate.py" if self.task == "evaluate" else f"main_{self.task}.py"
 
     @functools.cached_property
     def settings(self) -> Settings | None:
-        """What the flags of a training mean; None for an evaluation. ValueError: they mean nothing."""
+        """Settings of a training; None for an evaluation. ValueError: the flags are wrong."""
         if self.task == "evaluate":
             return None
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said):
-                return cli.parse(SETTINGS[self.task], list(self.argv))
-        except SystemExit as stop:
-            message = " ".join(said.getvalue().partition("error: ")[2].split())
-            raise ValueError(f"{self.folder.parent.name}: {self.task}: {message}") from stop
-
-    @property
-    def epochs(self) -> int | None:
-        """Length of a training's schedule; None for an evaluation."""
-        return self.settings.epochs if self.settings else None
+        return parsed(f"{self.folder.parent.name}: {self.task}", cli.parse, SETTINGS[self.task], list(self.argv))
 
     def is_done(self) -> bool:
-        """True if the result of this command is there, and is one of the checkpoint that is there."""
-        if not self._is_complete():
-            return False
-        return self._is_current() if self.source is not None else not self.differences()
-
-    def is_adopted(self) -> bool:
-        """True if it is done, but no record says by which command: by an earlier version."""
-        return self.source is not None and self._record() is None and self.is_done()
+        """Return whether the result is there, and is that of this command and of the checkpoint that is there."""
+        complete = _last_epoch(self.folder) >= self.settings.epochs - 1 if self.settings else bool(self._result())
+        return complete and not self.differences()
 
     def begin(self) -> None:
-        """Make the folder. What another command left in it, or this one with another checkpoint, is put aside."""
-        if self.source is not None and self.folder.exists() and not self._is_current():
+        """Make the folder and its record. Put aside a measurement by other flags or of another checkpoint."""
+        if self.source is not None and self.folder.exists() and self.differences():
             self.folder.rename(self.folder.with_name(f"{self.folder.name}-replaced-{time.strftime('%Y%m%d-%H%M%S')}"))
         self.folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self.folder / RECORD, json.dumps(self._asked(), indent=1) + "\n")
+
+    def differences(self) -> dict[str, tuple[Any, Any]]:
+        """Return what decides the result and is different in the record and in what is asked for: both values."""
+        there, asked = _read(self.folder / RECORD), self._asked()
+        names = asked.keys() | there.keys()
+        if self.settings and there:  # a record of another version of this project may lack some settings
+            names = asked.keys() & there.keys()
+        if self.source is not None and asked["checkpoint"] is None:  # it was removed since
+            names -= {"checkpoint"}
+        return {
+            name: (there.get(name), asked.get(name)) for name in sorted(names) if there.get(name) != asked.get(name)
+        }
+
+    def numbers(self) -> dict[str, float]:
+        """Return what a measurement that is done found."""
+        if not self.settings:
+            return _numbers(self._result())
+        line = epoch_line(self.folder, self.settings.epochs - 1)
+        return {f"{self.task}_acc1": line["test_acc1"]} if "test_acc1" in line else {}
+
+    def _result(self) -> dict[str, Any]:
+        return _read(self.folder / "result.json")
+
+    def _asked(self) -> dict[str, Any]:
+        """Return what decides the result: settings, without the parts of a batch that is given as a whole; weights."""
+        values = self.settings.as_dict() if self.settings else self.given
+        free = _FREE | ({"batch_size", "accum_iter"} if values.get("effective_batch_size") else set())
+        asked = {name: value for name, value in values.items() if name not in free}
         if self.source is not None:
-            _write(self.folder / "command.json", self._wanted())
-
-    def differences(self) -> dict[str, Any]:
-        """The settings, as asked for, that the training in the folder does not have."""
-        there, asked = checkpoint.arguments(self.last_checkpoint()), self.settings.as_dict()
-        names = sorted(_compared(there, asked) & there.keys())
-        return {name: asked[name] for name in names if there[name] != asked[name]}
-
-    def last_checkpoint(self) -> dict[str, Any]:
-        """What checkpoint-last.pth of a training holds; empty if there is none that is whole."""
-        try:
-            return checkpoint.peek(self.folder / checkpoint.LAST)
-        except ValueError:
-            return {}
-
-    def numbers(self) -> dict[str, Any]:
-        """What a measurement that is done found: columns of the table."""
-        if self.task == "evaluate":
-            return {name: value for name, value in _read(self._result).items() if isinstance(value, float)}
-        line = epoch_line(self.folder, self.epochs - 1)
-        return {f"{self.task}_acc1": line["test_acc1"]} if line else {}
-
-    @property
-    def _result(self) -> Path:
-        return self.folder / ("result.json" if self.task == "evaluate" else checkpoint.LAST)
-
-    def _is_complete(self) -> bool:
-        if self.task == "evaluate":
-            return _read(self._result) is not None
-        return self.last_checkpoint().get("epoch", -2) >= self.epochs - 1  # -1: untrained
-
-    def _is_current(self) -> bool:
-        """Whether what is in a measurement's folder is of this command and checkpoint, or nothing yet."""
-        record, wanted = self._record(), self._wanted()
-        if record is None:  # of an earlier version, which wrote none
-            return not (self._result.exists() and self.source.exists()) or _age(self._result) >= _age(self.source)
-        if wanted["checkpoint"] is None:  # removed since
-            wanted["checkpoint"] = record["checkpoint"]
-        return record == wanted
-
-    def _record(self) -> dict[str, Any] | None:
-        return _read(self.folder / "command.json")
-
-    def _wanted(self) -> dict[str, Any]:
-        flags = self.given
-        if self.settings:
-            values = self.settings.as_dict()
-            flags = {name: values[name] for name in sorted(_compared(values, values))}
-        return json.loads(json.dumps({"flags": flags, "checkpoint": checkpoint.fingerprint(self.source)}))
+            asked["checkpoint"] = checkpoint.fingerprint(self.source)
+        return json.loads(json.dumps(asked, default=str))
 
 
 @dataclass(frozen=True)
@@ -144,54 +109,64 @@ class SweepRun:
         point: the grid's keys and this run's values.
         folder: of everything it writes.
         steps: pre-training first.
-        labels: checkpoint (`LAST` or an epoch) of each step; None for the pre-training.
     """
 
     point: dict[str, Any]
     folder: Path
-    steps: tuple[Step, ...] = field(default=())
-    labels: tuple[str | None, ...] = field(default=())
+    steps: tuple[Step, ...]
 
     def check(self) -> None:
         """ValueError if the folder holds a pre-training that cannot become this one. More epochs continue it."""
         pretrain = self.steps[0]
-        there = checkpoint.arguments(pretrain.last_checkpoint())
+        if not checkpoint.own_checkpoints(pretrain.folder):
+            return
         differences = pretrain.differences()
-        if there.get("epochs", 0) < pretrain.epochs:
-            differences.pop("epochs", None)
-        if differences:
-            told = ", ".join(f"--{name} {there[name]} ({asked} is asked for)" for name, asked in differences.items())
-            raise ValueError(
-                f"{pretrain.folder}: holds a pre-training with {told}; name another --output, or remove this folder"
-            )
+        told = ", ".join(f"--{name} {there} ({asked} is asked for)" for name, (there, asked) in differences.items())
+        there, asked = differences.pop("epochs", (None, 0))
+        if not _read(pretrain.folder / RECORD):
+            told = f"no {RECORD} that can be read"
+        elif not differences and (there is None or (type(there) is int and there < asked)):
+            return
+        raise ValueError(
+            f"{pretrain.folder}: holds a pre-training with {told}; name another --output, or remove this folder"
+        )
 
     def left(self) -> list[Step]:
-        """The steps that are not done. After a pre-training that is not done, nothing of its last checkpoint is."""
+        """Return the steps that are not done. While the pre-training is not, nothing of its last checkpoint is."""
         trained = self.steps[0].is_done()
-        named = zip(self.steps, self.labels, strict=True)
-        return [step for step, label in named if not step.is_done() or (label == LAST and not trained)]
+        return [step for step in self.steps if not step.is_done() or (step.label == LAST and not trained)]
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each checkpoint that has results: the point, the checkpoint, the numbers."""
+        """Return one row for each checkpoint that has results: the point, the checkpoint, the numbers."""
         rows: dict[str, dict[str, Any]] = {}
-        left = self.left()
-        for step, label in zip(self.steps, self.labels, strict=True):
-            if label is None or step in left:
+        left, pretrain = self.left(), self.steps[0]
+        point = {name: text_of(value) for name, value in self.point.items()}
+        for step in self.steps[1:]:
+            if step in left:
                 continue
-            point = {name: text_of(value) for name, value in self.point.items()}
-            row = rows.setdefault(label, {**point, "checkpoint": label} | self._training(label))
-            row |= step.numbers()
+            if step.label not in rows:
+                line = epoch_line(
+                    pretrain.folder, pretrain.settings.epochs - 1 if step.label == LAST else int(step.label)
+                )
+                training = {name: line[name] for name in ("train_loss", "train_mask_ratio") if name in line}
+                rows[step.label] = {**point, "checkpoint": step.label, **training}
+            # --metrics salience measures a mask_ratio too, which is not that of the grid.
+            rows[step.label] |= {f"{step.task}_{k}" if k in point else k: v for k, v in step.numbers().items()}
         return list(rows.values())
 
-    def _training(self, label: str) -> dict[str, float]:
-        """Loss and mean mask ratio of the epoch that a checkpoint was written after."""
-        pretrain = self.steps[0]
-        line = epoch_line(pretrain.folder, pretrain.epochs - 1 if label == LAST else int(label))
-        return {name: line[name] for name in ("train_loss", "train_mask_ratio") if name in line}
+
+def parsed(what: str, parse: Callable, *arguments: Any) -> Any:
+    """Return `parse(*arguments)`; turn the message with which a parser of flags exits into a ValueError."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse(*arguments)
+    except SystemExit as stop:
+        raise ValueError(f"{what}: {' '.join(said.getvalue().partition('error: ')[2].split())}") from stop
 
 
 def text_of(value: Any) -> Any:
-    """A value of the grid as a cell of a table and a part of a name: lists, mappings and None as text."""
+    """Return a value of the grid as a cell of a table and a part of a name: lists, mappings and None as text."""
     if isinstance(value, dict):
         return ",".join(f"{name}={item}" for name, item in value.items())
     if isinstance(value, list):
@@ -199,34 +174,32 @@ def text_of(value: Any) -> Any:
     return str(value) if value is None else value
 
 
-def epoch_line(folder: Path, epoch: int) -> dict[str, Any]:
-    """An epoch's line in log.txt; empty if there is none."""
+def epoch_line(folder: Path, epoch: int) -> dict[str, float]:
+    """Return the numbers of an epoch's line in log.txt; empty if there is none."""
+    return next((_numbers(line) for line in _mappings(folder / "log.txt", "\n") if line.get("epoch") == epoch), {})
+
+
+def _last_epoch(folder: Path) -> int:
+    """Return the epoch of a training's last checkpoint: -1 if it is untrained, -2 if there is none that is whole."""
     try:
-        lines = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
-    except (OSError, ValueError):
-        return {}
-    return next((line for line in lines if line["epoch"] == epoch), {})
+        epoch = checkpoint.peek(folder / checkpoint.LAST)["epoch"]
+    except (IndexError, KeyError, TypeError, ValueError):
+        return -2
+    return epoch if type(epoch) is int else -2
 
 
-def _compared(there: dict[str, Any], asked: dict[str, Any]) -> set[str]:
-    """Names of the settings that decide what comes out; of a batch that is given as a whole, not its parts."""
-    parts = (
-        {"batch_size", "accum_iter"} if there.get("effective_batch_size") and asked["effective_batch_size"] else set()
-    )
-    return asked.keys() - _FREE - parts
+def _numbers(content: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in content.items() if isinstance(value, float)}
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A JSON file; None if there is none, or it was cut off."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+def _read(path: Path) -> dict[str, Any]:
+    return next(_mappings(path), {})
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=1) + "\n")
-
-
-def _age(path: Path) -> float:
-    return path.stat().st_mtime
+def _mappings(path: Path, separator: str = "\0") -> Iterator[dict[str, Any]]:
+    """Yield the mappings in a file of JSON texts, without what was cut off or has another form."""
+    with contextlib.suppress(OSError, ValueError):
+        for text in path.read_text().split(separator):
+            with contextlib.suppress(ValueError, RecursionError):
+                if isinstance(content := json.loads(text), dict):
+                    yield content

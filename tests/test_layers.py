@@ -37,8 +37,13 @@ def layer(module: str) -> str | None:
 
 def imported(path) -> set[str]:
     """Dotted names that a file imports; `from util import cli` gives util.cli."""
+    return imported_by(ast.parse(path.read_text()))
+
+
+def imported_by(tree: ast.AST) -> set[str]:
+    """Dotted names that a part of a file imports."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -87,3 +92,11 @@ def test_no_file_shadows_the_standard_library():
     for path, module in sources().items():
         top_level = "." not in module or module.startswith("scripts.")  # other files are found through their folder
         assert not top_level or path.stem == "__init__" or path.stem not in sys.stdlib_module_names, path
+
+
+def test_a_script_imports_the_project_only_once_its_folder_can_be_found():
+    for path in (ROOT / "scripts").glob("*.py"):
+        nodes = ast.parse(path.read_text()).body
+        found = [node for node in nodes if "sys.path.insert" in ast.unparse(node)]
+        for node in nodes[: nodes.index(found[0])] if found else nodes:
+            assert not any(map(layer, imported_by(node))), f"{path.name}: {ast.unparse(node)}"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import runpy
 
 import numpy as np
+import pandas as pd
 import pytest
-from helpers import ROOT
+from helpers import ROOT, refusal
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
@@ -15,6 +15,7 @@ from studies import pimr, plots, tables
 
 RANDOM = {0.5: 80.0, 0.7: 84.0, 0.9: 82.0}
 SBAM = {0.5: 83.0, 0.7: 85.0, 0.9: 84.0}
+BOTH = pd.DataFrame({"random": RANDOM, "sbam": SBAM})
 
 
 def script(name: str):
@@ -22,61 +23,63 @@ def script(name: str):
 
 
 def test_pimr_by_hand():
-    assert pimr.pimr(RANDOM) == {0.5: 0.0, 0.7: 1.0, 0.9: 0.5}
-    assert pimr.pimr(SBAM) == {0.5: 0.0, 0.7: 1.0, 0.9: 0.5}
-    assert pimr.mean(pimr.pimr(RANDOM)) == 0.5
+    found = pimr.pimr(BOTH)
+    assert found["random"].to_dict() == found["sbam"].to_dict() == {0.5: 0.0, 0.7: 1.0, 0.9: 0.5}
 
 
 def test_global_pimr_by_hand():
-    found = pimr.global_pimr({"random": RANDOM, "sbam": SBAM})
-    assert found["random"] == pytest.approx({0.5: 0.0, 0.7: 0.8, 0.9: 0.4})
-    assert found["sbam"] == pytest.approx({0.5: 0.6, 0.7: 1.0, 0.9: 0.8})
-    assert pimr.mean(found["sbam"]) == pytest.approx(0.8)
+    found = pimr.global_pimr(BOTH)
+    assert found["random"].to_dict() == pytest.approx({0.5: 0.0, 0.7: 0.8, 0.9: 0.4})
+    assert found["sbam"].to_dict() == pytest.approx({0.5: 0.6, 0.7: 1.0, 0.9: 0.8})
 
 
 def test_pimr_where_all_accuracies_are_equal_is_one():
-    flat = {0.5: 70.0, 0.9: 70.0}
-    assert pimr.pimr(flat) == {0.5: 1.0, 0.9: 1.0}
-    assert pimr.global_pimr({"a": flat, "b": flat}) == {"a": {0.5: 1.0, 0.9: 1.0}, "b": {0.5: 1.0, 0.9: 1.0}}
-    assert pimr.global_pimr({"a": flat, "b": {0.5: 80.0}})["a"] == {0.5: 0.0, 0.9: 0.0}
-    with pytest.raises(ValueError, match="at least one mask ratio"):
-        pimr.pimr({})
+    flat = pd.DataFrame({"a": [70.0, 70.0], "b": [70.0, 70.0]})
+    assert (pimr.pimr(flat) == 1).all(axis=None)
+    assert (pimr.global_pimr(flat) == 1).all(axis=None)
+    higher = flat.assign(b=80.0)
+    assert (pimr.pimr(higher) == 1).all(axis=None)
+    assert pimr.global_pimr(higher).to_dict("list") == {"a": [0, 0], "b": [1, 1]}
 
 
 def test_mean_and_confidence_interval_against_scipy():
     values = [61.0, 64.5, 59.0, 66.0, 63.0]
-    found = tables.summarize(values)
+    table = pd.DataFrame({"name": ["five"] * 5 + ["one"], "seed": [0, 1, 2, 3, 4, 0], "knn": [*values, 3.0]})
+    found = tables.summarize(table, ["name"], "knn")
+    mean, half, count = found.loc["five"]
     low, high = stats.t.interval(0.95, 4, loc=sum(values) / 5, scale=stats.sem(values))
-    assert (found.mean, found.count) == (pytest.approx(62.7), 5)
-    assert (found.mean - found.half_width, found.mean + found.half_width) == pytest.approx((low, high))
-    assert math.isnan(tables.summarize([3.0]).half_width)
-    assert str(tables.summarize([3.0])) == "3.00"
+    assert (mean, count) == (pytest.approx(62.7), 5)
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+    assert np.isnan(found.loc["one", "half_width"])
+    assert "| one | 3.00 | 1 |" in tables.markdown(table, ["name"], ["knn"])
 
 
 def write(tmp_path):
     rows = [
-        {"masking": name, "mask_ratio": ratio, "seed": seed, "checkpoint": "last", "knn": value + seed, "note": "x"}
+        {"masking": name, "mask_ratio": ratio, "seed": seed, "checkpoint": "last", "knn": value + seed, "note": "None"}
         for name, values in (("random", RANDOM), ("sbam", SBAM))
         for ratio, value in values.items()
         for seed in (-1, 0, 1)
     ]
-    tables.write_csv(tmp_path / "results.csv", rows)
-    return rows, tmp_path / "results.csv"
+    table = pd.DataFrame(rows)
+    table.to_csv(tmp_path / "results.csv", index=False)
+    return table, tmp_path / "results.csv"
 
 
 def test_a_table_survives_its_file(tmp_path):
-    rows, path = write(tmp_path)
-    assert tables.read_csv(path) == rows
-    text = tables.markdown(rows, ["masking", "mask_ratio"], ["knn"])
+    table, path = write(tmp_path)
+    pd.testing.assert_frame_equal(tables.read_csv(path), table)
+    text = tables.markdown(table, ["masking", "mask_ratio"], ["knn"])
     assert "| random | 0.5 | 80.00 ± 2.48 | 3 |" in text
     assert text.count("\n") == 2 + 6
-    with pytest.raises(ValueError, match="no column 'accuracy'; it has masking, mask_ratio"):
-        tables.group(rows, ["masking"], "accuracy")
+    for empty in (table, table.assign(accuracy=np.nan)):
+        with pytest.raises(ValueError, match="no column 'accuracy'; it has masking, mask_ratio"):
+            tables.summarize(empty, ["masking"], "accuracy")
 
 
 def test_curves_have_labels_intervals_and_the_same_scale(tmp_path):
-    rows, _ = write(tmp_path)
-    figure = plots.draw(rows, "mask_ratio", ["knn", "knn"], "masking", with_pimr=True)
+    table, _ = write(tmp_path)
+    figure = plots.draw(table, "mask_ratio", ["knn", "knn"], "masking", with_pimr=True)
     assert len(figure.axes) == 6
     labels = [axis.get_ylabel() for axis in figure.axes]
     assert labels == ["k-NN accuracy (%)"] * 2 + ["PIMR"] * 2 + ["Global PIMR"] * 2
@@ -100,21 +103,13 @@ def test_the_commands(tmp_path, capsys):
     assert (tmp_path / "results.png").stat().st_size > 5000
     assert (tmp_path / "pimr.pdf").stat().st_size > 5000
     capsys.readouterr()
-    for arguments in ([tmp_path / "none.csv"], [path, "--metric", "acc"]):
-        with pytest.raises(SystemExit) as stop:
-            script("pimr")([str(part) for part in arguments])
-        assert stop.value.code == 2
-        assert capsys.readouterr().err.count("\n") == 1
+    assert "none.csv: cannot be read as CSV" in refused(capsys, "pimr", tmp_path / "none.csv")
+    assert "no column 'acc'" in refused(capsys, "pimr", path, "--metric", "acc")
 
 
 def refused(capsys, name, *arguments) -> str:
     """The one line with which a script ends."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        script(name)([str(part) for part in arguments])
-    said = capsys.readouterr().err
-    assert (stop.value.code, said.count("\n")) == (2, 1), said
-    return said
+    return refusal(script(name), arguments, capsys)
 
 
 def checkpoints(tmp_path):
@@ -125,7 +120,7 @@ def checkpoints(tmp_path):
         for ratio, value in values.items()
         for epoch in (100, 799)
     ]
-    tables.write_csv(tmp_path / "two.csv", rows)
+    pd.DataFrame(rows).to_csv(tmp_path / "two.csv", index=False)
     return tmp_path / "two.csv"
 
 
@@ -145,25 +140,27 @@ def test_only_seeds_are_averaged_over(tmp_path, capsys):
 
 
 def test_a_setting_that_changes_with_the_seed_is_not_averaged_over():
-    rows = [{"masking": "random", "lr": 1 + seed, "seed": seed, "checkpoint": "last", "knn": 60.0} for seed in (0, 1)]
+    def summarize(*rows):
+        return tables.summarize(pd.DataFrame(rows), ["masking"], "knn").loc["random"]
+
+    one = {"masking": "random", "lr": 1, "seed": 0, "checkpoint": "last", "knn": 60.0}
     with pytest.raises(ValueError, match="results with lr 1 and 2 at masking=random"):
-        tables.group(rows, ["masking"], "knn")
-    other = [{"masking": "random", "knn": 60.0, "lr": lr, "seed": 0} for lr in (1, 2)]  # not of a sweep
+        summarize(one, one | {"lr": 2, "seed": 1})
+    other = {"masking": "random", "knn": 60.0, "lr": 1, "seed": 0}  # not of a sweep
     with pytest.raises(ValueError, match="results with lr 1 and 2 at masking=random"):
-        tables.group(other, ["masking"], "knn")
+        summarize(other, other | {"lr": 2})
     seeds = [{"masking": "random", "knn": 60.0 + seed, "loss": 0.1 * seed, "seed": seed} for seed in (0, 1)]
-    assert tables.group(seeds, ["masking"], "knn")["random",].count == 2
-    again = [{"masking": "random", "knn": 60.0}, {"masking": "random", "knn": 62.0}]
-    assert tables.group(again, ["masking"], "knn")["random",].mean == 61
+    assert summarize(*seeds)["count"] == 2
+    assert summarize({"masking": "random", "knn": 60.0}, {"masking": "random", "knn": 62.0})["mean"] == 61
 
 
 def test_methods_are_compared_where_all_have_a_result(tmp_path, capsys):
-    kept, left_out = pimr.common({"random": RANDOM, "sbam": {0.5: 83.0, 0.9: 84.0}})
-    assert (kept["random"], left_out) == ({0.5: 80.0, 0.9: 82.0}, [0.7])
+    kept, left_out = pimr.shared(pd.DataFrame({"random": RANDOM, "sbam": {0.5: 83.0, 0.9: 84.0}}))
+    assert (kept["random"].to_dict(), left_out) == ({0.5: 80.0, 0.9: 82.0}, [0.7])
     with pytest.raises(ValueError, match="random, sbam have no mask ratio in common"):
-        pimr.common({"random": {0.5: 80.0}, "sbam": {0.9: 80.0}})
-    rows, path = write(tmp_path)
-    tables.write_csv(path, [row for row in rows if (row["masking"], row["mask_ratio"]) != ("sbam", 0.7)])
+        pimr.shared(pd.DataFrame({"random": {0.5: 80.0}, "sbam": {0.9: 80.0}}))
+    table, path = write(tmp_path)
+    table[(table["masking"] != "sbam") | (table["mask_ratio"] != 0.7)].to_csv(path, index=False)
     script("pimr")([str(path)])
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "PIMR is without 0.7: not all have a result there"
@@ -184,38 +181,44 @@ def test_a_mistake_with_a_table_is_one_sentence(tmp_path, capsys):
         assert "must end in .png or .pdf" in refused(capsys, name, path, *flags, tmp_path / "x.gif")
 
 
-def many(seeds: int, length: int = 0) -> list[tables.Row]:
-    return [
+def many(seeds: int, length: int = 0) -> pd.DataFrame:
+    return pd.DataFrame(
         {"masking": f"method_{number}".ljust(length, "x"), "mask_ratio": ratio, "seed": seed, "knn": 60 + number + seed}
         for number in range(8)
         for ratio in (0.5, 0.9)
         for seed in range(seeds)
-    ]
+    )
 
 
 def test_no_error_bar_below_three_seeds():
     for seeds, drawn in ((1, False), (2, False), (3, True)):
         figure = plots.draw(many(seeds), "mask_ratio", ["knn"], "masking")
         assert {container.has_yerr for container in figure.axes[0].containers} == {drawn}
-    some = [row for row in many(3) if row["mask_ratio"] == 0.5 or row["seed"] == 0]
+    some = many(3).query("mask_ratio == 0.5 or seed == 0")
     (container, *_) = plots.draw(some, "mask_ratio", ["knn"], "masking").axes[0].containers
     _, caps, _ = container.lines
     assert [np.isfinite(cap.get_ydata(orig=False)).tolist() for cap in caps] == [[True, False]] * 2
 
 
-def test_long_names_fit_and_the_legend_says_what_differs():
-    rows = many(1, length=30)
-    figure = plots.draw(rows, "mask_ratio", ["knn"], "masking")
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    box = figure.legends[0].get_window_extent(canvas.get_renderer())
-    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
-    assert box.y0 > figure.axes[0].get_window_extent(canvas.get_renderer()).y1
+@pytest.mark.parametrize("length", [0, 30])
+def test_long_names_fit_and_the_legend_says_what_differs(length):
+    figure = plots.draw(many(1, length), "mask_ratio", ["knn"], "masking")
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    legend, panel = figure.legends[0].get_window_extent(renderer), figure.axes[0].get_window_extent(renderer)
+    assert panel.x1 < legend.x0 < legend.x1 <= figure.bbox.width
+    assert 0 <= legend.y0 < legend.y1 <= figure.bbox.height
+    assert panel.width > 0.7 * plots._WIDTH * figure.dpi
     assert figure.legends[0].get_title().get_text() == "masking"
-    for length, turned in ((0, 45), (30, 45)):
-        figure = plots.draw([row for row in many(1, length) if row["mask_ratio"] == 0.5], "masking", ["knn"], None)
-        assert {label.get_rotation() for label in figure.axes[0].get_xticklabels()} == {turned}
-    three = [row for row in many(1) if row["mask_ratio"] == 0.5][:3]
-    assert {
-        label.get_rotation() for label in plots.draw(three, "masking", ["knn"], None).axes[0].get_xticklabels()
-    } == {0}
+
+
+@pytest.mark.parametrize("length", [0, 30])
+def test_names_below_a_panel_fit(length):
+    figure = plots.draw(many(1, length).query("mask_ratio == 0.5"), "masking", ["knn"], None, with_pimr=True)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    boxes = [label.get_window_extent(renderer) for label in figure.axes[-1].get_xticklabels()]
+    assert len(boxes) == 8
+    assert all(box.x0 >= 0 and box.y0 >= 0 for box in boxes)
+    heights = [axis.get_window_extent(renderer).height for axis in figure.axes]
+    assert min(heights) > 0.6 * plots._HEIGHT * figure.dpi
