@@ -139,6 +139,7 @@ def fit(job: Run, inputs: Inputs, task: Task) -> None:
     """Train and evaluate for the epochs that are left; save and log after each."""
     settings, bare = job.settings, task.model
     job.classes = inputs.train.classes
+    job.log.say(inputs.train.summary("training"))
     evaluate = evaluator(job, inputs, bare)
     scaler = precision.grad_scaler(job.amp, job.device)
     loader = job.step_loader(inputs.train, task.transform, task.multiple)
@@ -182,6 +183,7 @@ def evaluator(job: Run, inputs: Inputs, model: VisionTransformer) -> Callable[..
     evaluation continues with it.
     """
     settings = job.settings
+    job.log.say(inputs.val.summary("validation"))
     transform = transforms.evaluation_transform(model.patch_embed.img_size, settings.crop_pct)
     normalize = transforms.Normalize(*statistics(settings)).to(job.device)
     indices = range(world.rank(), len(inputs.val), world.world_size())

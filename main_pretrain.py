@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(job: run.Run, inputs: Inputs) -> None:
     """Build the model and the optimizer, and train for the epochs that are left."""
     settings = job.settings
+    job.log.say(inputs.images.summary("training"))
     bare = base.build_model(settings)
     if inputs.weights is not None:
         bare.load_state_dict(inputs.weights)

@@ -8,6 +8,7 @@ import random
 import struct
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -279,7 +280,8 @@ def test_bad_pictures_are_replaced_named_and_counted(mixed, exact, workers, caps
         assert torch.equal(again[key][0][0], crops[place])
     names = [images.source.name(i) for i in range(len(images))]
     empty = next(i for i, name in enumerate(names) if name.endswith("empty.jpg"))
-    assert again._first_good(empty)[0] == 0  # all from it to the end are bad
+    numbered = SeededImages(replace(images, labels=range(len(images))), data.transform, max_bad_images=0.9)
+    assert numbered[0, empty][1] == 0  # all from it to the end are bad
 
 
 def test_too_many_stop_the_run_with_a_sentence(capsys):

@@ -54,7 +54,7 @@ def test_without_such_a_column_the_columns_are_named(samples, tmp_path):
 
 
 def test_a_single_saved_table_is_no_validation_set(samples, tmp_path):
-    table(samples, label=[0] * 6).save_to_disk(str(tmp_path / "saved"))
+    table(samples, label=[0, 1] * 3).save_to_disk(str(tmp_path / "saved"))
     assert len(datasets.open_labelled("hfds", str(tmp_path / "saved"), "train", 3)) == 6
     with pytest.raises(ValueError, match=r"has no split to take for val .it is a single data set, which is the split"):
         datasets.open_labelled("hfds", str(tmp_path / "saved"), "val", 3)

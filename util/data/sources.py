@@ -113,7 +113,7 @@ def find_files(root: Path, endings: Iterable[str]) -> tuple[list[str], Counter[s
     for place, _, names in walk(root):
         wanted = {name for name in names if name.lower().endswith(tuple(endings))}
         found += [os.path.join(place, name) for name in wanted]
-        passed_over.update(ending(name) for name in names if name not in wanted)
+        passed_over.update(ending(name) or "no ending" for name in names if name not in wanted)
     return sorted(found), passed_over
 
 
@@ -150,7 +150,7 @@ def ending(name: str) -> str:
 
 def _refuse(error: OSError) -> NoReturn:
     raise ValueError(
-        f"--data_path: {error.filename} cannot be read ({error.strerror}); mend its permissions or its link, or remove it"
+        f"--data_path: {error.filename} cannot be read ({error.strerror}); mend its permissions or link, or remove it"
     ) from error
 
 
