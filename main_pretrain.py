@@ -11,12 +11,12 @@ import engine_pretrain
 import masking
 from evaluation import monitor
 from methods import base
-from util import cli, optim, precision, seeding
+from util import cli, optim, precision, seeding, terminal
 from util.config import PretrainSettings
 from util.data import datasets, transforms
 from util.data.step_loader import MicroBatch
 from util.distributed import world
-from util.training import checkpoint, resume, run
+from util.training import checkpoint, resume, run, strategy_state
 from util.training.step import GradientStep
 
 
@@ -26,17 +26,16 @@ class Inputs:
 
     strategy: masking.base.Strategy
     images: datasets.ImageSet
-    resumed: dict | None  # checkpoint to continue
-    weights: dict | None  # state dict to start from
+    weights: dict | None = None  # state dict to start from
 
 
 def main(argv: list[str] | None = None) -> None:
     """Pre-train as the command line says."""
+    terminal.protect()
     settings = cli.parse(PretrainSettings, argv)
     with cli.exit_on_user_error():
         inputs = check(settings)
-    with run.Run.start(settings, inputs.resumed) as job:
-        inputs.resumed = None  # the run holds it, until it has restored from it
+    with run.Run.start(settings, lambda: find_start(settings, inputs)) as job:
         train(job, inputs)
 
 
@@ -57,7 +56,7 @@ def train(job: run.Run, inputs: Inputs) -> None:
     model = world.wrap(bare, job.device, plan.accumulates)
     optimizer = optim.pretrain_adamw(bare, settings.weight_decay, job.device)
     scaler = precision.grad_scaler(job.amp, job.device)
-    job.restore(bare, optimizer, scaler, len(loader))
+    job.restore(bare, optimizer, scaler, len(loader), inputs.strategy)
 
     nominal_tokens = plan.batch_size * plan.accum_iter * bare.num_patches * settings.mask_ratio
     update = GradientStep(model, optimizer, scaler, nominal_tokens, settings.clip_grad)
@@ -101,25 +100,34 @@ def make_prepare(
 
 
 def check(settings: PretrainSettings) -> Inputs:
-    """Open what the settings name. ValueError for anything that cannot work, before anything expensive."""
+    """Open what the settings name, but for checkpoints. ValueError for anything that cannot work."""
     with torch.device("meta"):
         model = base.build_model(settings)
     strategy = base.create_strategy(settings)
-    masking.check(strategy, model.num_patches, model.cls_token.shape[-1])
+    with strategy_state.unchanged(strategy):
+        masking.check(strategy, model.num_patches, model.cls_token.shape[-1])
     base.channel_statistics(settings)
     images = datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans, settings.loader)
-    plan = run.step_plan(settings, len(images))
-    run.check_output_dir(settings)
+    run.step_plan(settings, len(images))
+    return Inputs(strategy, images)
+
+
+def find_start(settings: PretrainSettings, inputs: Inputs) -> dict | None:
+    """Return the checkpoint to continue, or None, with `inputs.weights` if there are some to start from.
+
+    Raises:
+        ValueError: what there is does not fit.
+    """
+    with torch.device("meta"):
+        model = base.build_model(settings)
     own = checkpoint.find_own(settings.output_dir)
     if own is not None or settings.resume:
         path, content = own or (settings.resume, checkpoint.load(settings.resume))
-        resumed = resume.check(path, content, model, plan)
-        return Inputs(strategy, images, resumed, None)
+        return resume.check(path, content, model, run.step_plan(settings, len(inputs.images)), inputs.images)
     if settings.finetune:
-        weights = checkpoint.model_state(checkpoint.load(settings.finetune), settings.finetune)
-        checkpoint.check_state(settings.finetune, model, weights)
-        return Inputs(strategy, images, None, weights)
-    return Inputs(strategy, images, None, None)
+        inputs.weights = checkpoint.model_state(checkpoint.load(settings.finetune), settings.finetune)
+        checkpoint.check_state(settings.finetune, model, inputs.weights)
+    return None
 
 
 if __name__ == "__main__":

@@ -88,15 +88,8 @@ def test_every_ending_that_pillow_decodes_is_taken(tmp_path):
 
 def test_what_is_found_and_what_is_passed_over_is_said(tmp_path, capsys):
     write_pictures(tmp_path, per_class=3)
-    for name in [
-        "class0/a.txt",
-        "class0/b.TXT",
-        "class0/.x",
-        "class1/c.heic",
-        "class1/README",
-        "list.txt",
-        "loose.jpg",
-    ]:
+    beside = ["list.txt", "loose.jpg"]
+    for name in ["class0/a.txt", "class0/b.TXT", "class0/.x", "class1/c.heic", "class1/README", *beside]:
         (tmp_path / "train" / name).write_bytes(b"")
     (tmp_path / "val" / "flat.jpg").write_bytes(b"")
     found = datasets.open_labelled("folder", str(tmp_path), "train", 3).summary("training")

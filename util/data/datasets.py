@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from util import seeding
-from util.data import decode, libraries, sources, tar_shards
+from util.data import decode, libraries, names, sources, tar_shards
 from util.data.bad_images import BadImages
 from util.suggest import check_known
 
@@ -56,6 +57,11 @@ class ImageSet:
         passed_over = f"; passed over {self.passed_over.total()} files ({shown})" if counts else ""
         line = f"{title}: found {len(self)} images{classes}{passed_over}"
         return line.encode("ascii", "backslashreplace").decode()  # a file's name may be in any encoding
+
+    @functools.cached_property
+    def digest(self) -> str | None:
+        """A hash of the ordered names of the images, as far as the source knows them."""
+        return names.digest(self.source)
 
     def relabelled(self, classes: tuple[str, ...]) -> ImageSet:
         """The same pictures, their classes numbered as in `classes`."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
+import itertools
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from util.config import Settings
+from util.data.datasets import ImageSet
 from util.data.step_loader import StepPlan
-from util.distributed import world
-from util.distributed.agreement import Agreement
 from util.training import checkpoint
 
 # What a parameter group takes from the command line even when it continues a checkpoint.
@@ -24,12 +23,19 @@ _RESULT_STAYS |= {"save_every_epochs", "save_every_minutes", "keep_last", "resum
 _RESULT_STAYS |= {"max_bad_images", "eval_every", "vis_every", "dist_eval"}
 
 
-def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan) -> dict:
-    """`content` of the checkpoint to continue, if it fits `model` (the meta device will do) and `plan`.
+def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan, images: ImageSet) -> dict:
+    """Return `content` of the checkpoint to continue, with its `path`, and `notes` that the run must say.
+
+    Args:
+        path: of the checkpoint.
+        content: of it.
+        model: of this run; the meta device will do.
+        plan: of this run's steps.
+        images: to train on.
 
     Raises:
-        ValueError: of another architecture, without an optimizer, of another effective batch size, or stopped within an
-            epoch of another number of pictures.
+        ValueError: it is of another architecture, without an optimizer, of another effective batch size, of other
+            classes, or stopped within an epoch of other images.
     """
     checkpoint.check_state(path, model, checkpoint.model_state(content, path))
     optimizer = content.get("optimizer")
@@ -43,35 +49,43 @@ def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan) -> 
             f"{path}: its run had an effective batch of {before} images, this one has {now}; "
             f"continue it with --effective_batch_size {before}, or start a new --output_dir"
         )
-    before = content.get("num_images", plan.num_samples)
-    if before != plan.num_samples and steps_into_epoch(content, plan.steps_per_epoch):
+    _check_classes(path, content, images.classes)
+    change = _changed_images(content, images)
+    if change and steps_into_epoch(content, plan.steps_per_epoch):
         raise ValueError(
-            f"{path}: it was written within an epoch of {before} pictures, and --data_path has {plan.num_samples}; "
-            f"continue with the pictures it had, or start a new --output_dir with --finetune {path}"
+            f"{path}: it was written within an epoch of {change}; "
+            f"continue with the images it had, or start a new --output_dir with --finetune {path}"
         )
-    return content | {"path": str(path)}
+    return content | {"path": str(path), "notes": [f"the checkpoint is of {change}"] if change else []}
+
+
+def _check_classes(path: str | Path, content: dict, classes: tuple[str, ...]) -> None:
+    """ValueError if the classes have changed: the head's outputs would mean others."""
+    before = tuple(content.get("classes") or ())
+    if not before or before == classes:
+        return
+    old, new = next(((a, b) for a, b in itertools.zip_longest(before, classes) if a != b))
+    raise ValueError(
+        f"{path}: it was trained on {len(before)} classes and --data_path has {len(classes)}, of which the first that "
+        f"differs was {old!r} and is {new!r}; give the folders their old names, or start a new --output_dir with "
+        f"--finetune {path}"
+    )
+
+
+def _changed_images(content: dict, images: ImageSet) -> str:
+    """Return how the images of a checkpoint differ from `images`; empty if nothing is known to."""
+    before, names = content.get("num_images", len(images)), content.get("names_digest")
+    if before != len(images):
+        return f"{before} images, and --data_path has {len(images)}"
+    if names and images.digest and names != images.digest:
+        return f"{before} images, and the {len(images)} of --data_path have other names"
+    return ""
 
 
 def steps_into_epoch(content: dict, steps_per_epoch: int) -> int:
     """How many steps of the epoch after `epoch` a checkpoint has done."""
     done = content["epoch"] + 1
     return max(0, content.get("step", 0) - done * content.get("steps_per_epoch", steps_per_epoch))
-
-
-def check_same_start(settings: Settings, content: dict | None, agreement: Agreement) -> None:
-    """End all processes if they did not find the same checkpoint: they would train on, each from another step."""
-    step = content.get("step", 0) if content is not None else -1
-    last, first = agreement.maximum(step, -step)
-    if last != -first:
-        if world.is_main():
-            print(
-                f"error: --output_dir {settings.output_dir}: the processes found different checkpoints there, of step "
-                f"{max(-first, 0)} and of step {last}; name a folder that all machines share",
-                file=sys.stderr,
-                flush=True,
-            )
-        agreement.maximum(0)  # the first process to leave makes the launcher end the others
-        raise SystemExit(2)
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
