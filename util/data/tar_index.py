@@ -230,13 +230,15 @@ def _load_index(shard: Path) -> ShardIndex:
     if length != expected:
         raise ValueError(f"{wrong}: {shard.name} has {length} bytes, not {expected}; {remedy}")
     outside = np.flatnonzero((starts < tarfile.BLOCKSIZE) | (starts > length) | (sizes > length - starts))
+    if len(outside):
+        raise ValueError(f"{wrong} at {index.names[outside[0]]}; {remedy}")
     with open(shard, "rb") as file:
-        for row in [*outside[:1], 0, len(rows) - 1]:
-            file.seek(max(0, starts[row] - tarfile.BLOCKSIZE))  # where the member's own header is
+        for row in {0, len(rows) - 1}:
+            file.seek(starts[row] - tarfile.BLOCKSIZE)  # where the member's own header is
             try:
                 member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
             except Exception as error:
                 raise ValueError(f"{wrong} at {index.names[row]} ({error}); {remedy}") from error
-            if len(outside) or member.size != sizes[row]:
+            if member.size != sizes[row]:
                 raise ValueError(f"{wrong} at {index.names[row]}; {remedy}")
     return index
