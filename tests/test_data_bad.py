@@ -284,6 +284,30 @@ def test_bad_pictures_are_replaced_named_and_counted(mixed, exact, workers, caps
     assert numbered[0, empty][1] == 0  # all from it to the end are bad
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_transform_that_fails_makes_a_bad_image_like_any_other(mixed, workers, capsys):
+    images = datasets.open_unlabelled("folder", str(mixed), 3)
+
+    def transform(picture):
+        if max(picture.size) == 200:
+            raise RuntimeError("too\nthin")
+        if picture.size == (1, 1) and torch.rand(1) < 0.5:  # not always: it is tried again
+            raise ValueError("too small")
+        return torch.rand(1)
+
+    runs = []
+    for again in (False, True):
+        data = SeededImages(replace(images, labels=range(len(images))), transform, max_bad_images=0.9)
+        keys = [(epoch, index) for epoch in range(4) for index in range(len(images))][again :: 1 + again]
+        loader = torch.utils.data.DataLoader(data, batch_sampler=[[key] for key in keys], num_workers=workers)
+        runs.append({key: tuple(map(float, sample)) for key, sample in zip(keys, loader, strict=True)})
+    assert all(runs[0][key] == sample for key, sample in runs[1].items())  # whatever failed before
+    data.bad.collect(torch.device("cpu"))
+    said = capsys.readouterr().err
+    (thin,) = (line for line in said.splitlines() if "thin.png" in line)
+    assert "thin.png: the transform failed (too thin); the next good one takes its place" in thin
+
+
 def test_too_many_stop_the_run_with_a_sentence(capsys):
     bad = BadImages(1000, 0.001, lambda index: f"picture-{index}.jpg")
     bad.mark(5)
