@@ -58,6 +58,7 @@ def open_sets(settings: PretrainSettings, size: tuple[int, int], train_images: i
 
     try:
         train = datasets.open_labelled(name, path, "train", channels)
+        datasets.check_several_classes(train)
         val = datasets.open_labelled(name, path, "val", channels)
         extra = sorted(set(val.classes) - set(train.classes))
         if extra:

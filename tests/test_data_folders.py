@@ -156,4 +156,4 @@ def test_one_class_is_refused_with_the_likely_reason(tmp_path, main, capsys):
     assert "is there one level too many" in said
     data_files.write_tar(tmp_path / "s" / "train-0.tar", {"a.jpg": b"", "a.cls": b"3", "b.jpg": b"", "b.cls": b"3"})
     with pytest.raises(ValueError, match=r"0\.tar:a\.jpg: every picture to train on is of the class 3"):
-        datasets.open_labelled("wds", str(tmp_path / "s"), "train", 3)
+        datasets.check_several_classes(datasets.open_labelled("wds", str(tmp_path / "s"), "train", 3))

@@ -195,7 +195,7 @@ def open_labelled(name: str, data_path: str | None, split: str, in_chans: int) -
     """Pictures with classes; of a folder `data_path`/{train,val}/<class>/<picture>. A class may have no picture.
 
     Raises:
-        ValueError: unknown data set, nothing at `data_path`, a picture without a class, or nothing to tell apart.
+        ValueError: unknown data set, nothing at `data_path`, or a picture without a class.
     """
     check(name, in_chans, None)
     if in_chans not in decode.MODES:
@@ -206,7 +206,7 @@ def open_labelled(name: str, data_path: str | None, split: str, in_chans: int) -
         images = _class_folders(_folder(data_path) / split, in_chans)
     else:
         images = _open(name, data_path, split, in_chans)
-    return _with_classes(images, split)
+    return _with_classes(images)
 
 
 def _training_folder(root: Path) -> Path:
@@ -271,8 +271,8 @@ def _open(name: str, data_path: str | None, split: str, in_chans: int) -> ImageS
     return ImageSet(source, labels, classes, in_chans, why_unlabelled=why)
 
 
-def _with_classes(images: ImageSet, split: str) -> ImageSet:
-    """Return the images, their classes named. ValueError: one has no class, or all to train on have the same."""
+def _with_classes(images: ImageSet) -> ImageSet:
+    """Return the images, their classes named. ValueError: one has no class."""
     labels, name = np.asarray(images.labels), images.source.name
     missing = np.flatnonzero((labels < 0) | (labels >= _MOST_CLASSES))
     if len(missing):
@@ -287,12 +287,17 @@ def _with_classes(images: ImageSet, split: str) -> ImageSet:
             f"{name(beyond[0])}: its class is {labels[beyond[0]]}, but only {len(classes)} "
             "classes have names, counted from 0; mend the label, or the list of the names"
         )
-    if split == "train" and (labels == labels[0]).all():
-        raise ValueError(
-            f"{name(0)}: every picture to train on is of the class {classes[labels[0]]}, so there is nothing to tell "
-            "apart; in a folder, is there one level too many above those of the classes?"
-        )
     return replace(images, classes=classes)
+
+
+def check_several_classes(images: ImageSet) -> None:
+    """ValueError: all images are of one class, which any classifier gets right."""
+    first = images.labels[0]
+    if (np.asarray(images.labels) == first).all():
+        raise ValueError(
+            f"{images.source.name(0)}: every picture to train on is of the class {images.classes[first]}, so there is "
+            "nothing to tell apart; in a folder, is there one level too many above those of the classes?"
+        )
 
 
 def _with_loader(root: Path, loader: str, in_chans: int) -> ImageSet:
