@@ -25,7 +25,6 @@ EXTENSIONS = tuple(sorted(ending for ending, name in Image.registered_extensions
 
 _ORIENTATION = 0x0112  # EXIF's tag
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
-_FLIPS = {2: (1,), 3: (0, 1), 4: (0,), 5: (), 6: (1,), 7: (0, 1), 8: (0,)}  # axes; from 5 on after a transposition
 
 
 def to_picture(content: Content, mode: str) -> Image.Image:
@@ -81,24 +80,22 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _fast_jpeg_pixels(image: Image.Image, content: bytes) -> torch.Tensor | None:
-    """Return (H, W, 3) of a JPEG from the faster decoder; None for what is no JPEG, or too damaged for it.
+    """Return (H, W, 3) of a JPEG from the faster decoder; None for what is no JPEG, lies, or is too damaged for it.
 
-    Pillow decides which way is up. The other decoder would turn the image too, but finds fewer orientations; so it
-    gets the file without its EXIF.
+    Pillow decides which way is up. The other decoder would turn the image too, but finds other orientations; so it
+    gets the file without its EXIF. Pillow turns an image faster than a tensor is turned.
     """
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB") or fast_jpeg() is None:
+        return None
+    if image.getexif().get(_ORIENTATION) in range(2, 9):
         return None
     for _, segment in image.applist:
         if segment.startswith(b"Exif"):
             content = content.replace(segment, bytes(len(segment)), 1)
     try:
-        pixels = fast_jpeg()(content, mode="RGB").permute(1, 2, 0)  # contiguous, as it was decoded
+        return fast_jpeg()(content, mode="RGB").permute(1, 2, 0)  # contiguous, as it was decoded
     except RuntimeError:
         return None
-    orientation = image.getexif().get(_ORIENTATION)
-    if orientation not in _FLIPS:
-        return pixels
-    return (pixels.transpose(0, 1) if orientation >= 5 else pixels).flip(_FLIPS[orientation]).contiguous()
 
 
 def reason(error: Exception) -> str:
