@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 Image.init()
 # What Pillow names but does not decode, or hands to another program: PostScript is code, which Ghostscript would run.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
-_FORMATS = [name for name in Image.ID if name not in _NOT_DECODED]
+_FORMATS = ["JPEG", *(name for name in Image.ID if name not in {"JPEG", *_NOT_DECODED})]  # tried in this order
 EXTENSIONS = tuple(sorted(ending for ending, name in Image.registered_extensions().items() if name in _FORMATS))
 
 _ORIENTATION = 0x0112  # EXIF's tag
