@@ -75,6 +75,7 @@ def fit(
         multiple: of which the micro-batches must be.
     """
     settings, model = context.settings, method.model
+    context.log.say(given.train.summary("training"))
     loader = context.step_loader(given.train, method.views, multiple)
     state = TrainingState(context, method, optimizer, loader)
     state.restore()
@@ -152,6 +153,7 @@ def evaluator(
     the evaluation continues with it.
     """
     settings = context.settings
+    context.log.say(given.val.summary("validation"))
     transform = transforms.evaluation_transform(model.patch_embed.img_size, settings.crop_pct)
     normalize = transforms.Normalize(*statistics(settings)).to(context.device)
     indices = range(world.rank(), len(given.val), world.world_size())

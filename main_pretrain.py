@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(context: Context, inputs: Inputs) -> None:
     """Build the method and the optimizer, and train for the epochs that are left."""
     settings = context.settings
+    context.log.say(inputs.images.summary("training"))
     method = methods.from_settings(settings)
     if inputs.weights is not None:
         method.model.load_state_dict(inputs.weights)

@@ -62,6 +62,7 @@ def open_sets(settings: PretrainSettings, size: tuple[int, int], train_images: i
         extra = sorted(set(val.classes) - set(train.classes))
         if extra:
             raise ValueError(f"--data_path {path}: classes of val/ that train/ has not: {extra[:5]}")
+        datasets.check_several_classes(train)
         val = val if val.classes == train.classes else val.relabelled(train.classes)
     except ValueError as error:
         unlabelled = datasets.open_unlabelled(name, path, channels)

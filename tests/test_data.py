@@ -14,8 +14,10 @@ import tifffile
 import torch
 from helpers import write_pictures
 from PIL import Image
+from timm.data import create_transform
 from torchvision.transforms import functional as F
 
+import main_finetune
 import main_pretrain
 from util.config import FinetuneSettings
 from util.data import datasets, decode, resize, tar_shards, transforms
@@ -26,22 +28,6 @@ from util.data.datasets import SeededImages
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-def test_an_image_folder_has_labels_and_pretraining_takes_its_train_part(folder):
-    train = datasets.open_labelled("folder", str(folder), "train", 3)
-    assert train.classes == ("class0", "class1")
-    assert list(train.labels) == [0] * 6 + [1] * 6
-    assert len(datasets.open_unlabelled("folder", str(folder), 3)) == 12
-    assert train.picture(0).size == (40, 48)
-
-
-def test_pretraining_takes_any_folder_of_pictures(tmp_path):
-    (tmp_path / "deep" / "er").mkdir(parents=True)
-    for place in ("a.png", "deep/b.JPG", "deep/er/c.webp"):
-        Image.new("RGB", (20, 20)).save(tmp_path / place)
-    (tmp_path / "notes.txt").write_text("no picture")
-    assert len(datasets.open_unlabelled("folder", str(tmp_path), 3)) == 3
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "CMYK")])
@@ -133,35 +119,6 @@ def test_finetuning_with_four_channels_takes_no_colour_augmentation():
     for flag, options in (("aa", {}), ("color_jitter", {"aa": None, "color_jitter": 0.4})):
         with pytest.raises(ValueError, match=f"--in_chans 4: --{flag} needs 1 or 3 channels"):
             FinetuneSettings(in_chans=4, **options).check()
-
-
-def names_of(images):
-    return [images.source.name(index) for index in range(len(images))]
-
-
-@pytest.mark.parametrize("loader", [None, "util.loaders:tiff"])
-def test_the_walk_through_folders(tmp_path, loader):
-    """Links are followed, none in a circle; hidden files are no pictures; the order is that of the paths."""
-    for place in ("data", "elsewhere", "data/.cache", "data/b"):
-        (tmp_path / place).mkdir()
-    shown = ["a1\u00b22.tif", "b/x01.tif", "b/x1.tif", "b/x10.tif", "b/x2.tif", "linked/y.tif"]
-    hidden = ["._a.tif", ".cache/z.tif"]
-    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "data" / "b" / "latest").symlink_to(".")
-    for name in [*hidden, *shown[::-1]]:
-        Image.new("L", (8, 8)).save(tmp_path / "data" / name)
-    images = datasets.open_unlabelled("folder", str(tmp_path / "data"), 1, loader)
-    assert names_of(images) == [str(tmp_path / "data" / name) for name in shown]
-
-
-def test_a_class_may_have_no_picture_and_what_is_hidden_is_no_class(tmp_path):
-    write_pictures(tmp_path, per_class=2)
-    (tmp_path / "train" / "class00").mkdir()
-    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
-    (tmp_path / "train" / "class0" / "._0.jpg").write_bytes(b"macOS")
-    images = datasets.open_labelled("folder", str(tmp_path), "train", 3)
-    assert images.classes == ("class0", "class00", "class1")
-    assert list(images.labels) == [0, 0, 2, 2]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -318,6 +275,31 @@ def test_evaluation_is_a_centre_crop(size):
         assert torch.equal(result, F.pil_to_tensor(F.center_crop(resized, 32)))
 
 
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+@pytest.mark.parametrize("shape", [(60, 80), (8, 100), (500, 40), (1, 12), (7, 7)])
+def test_evaluation_shows_ordinary_images_as_timm_does(size, shape):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    expected = create_transform(
+        size if size[0] != size[1] else size[0], crop_pct=0.875, interpolation="bicubic", normalize=False
+    )
+    assert torch.equal(transforms.evaluation_transform(size, None)(image), expected(image))
+
+
+@pytest.mark.parametrize("size", [(224, 224), (64, 256)])
+@pytest.mark.parametrize("shape", [(8000, 1), (1, 8000), (2, 60000), (400, 2)])
+def test_a_thin_image_takes_little_memory_in_evaluation(size, shape, monkeypatch):
+    ramp = np.linspace(0, 255, max(shape)).round().astype(np.uint8)
+    image = Image.fromarray(np.broadcast_to(ramp[:, None] if shape[0] > shape[1] else ramp, shape).copy())
+    resize, areas = Image.Image.resize, []
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda *args, **kwargs: areas.append(args[1][0] * args[1][1]) or resize(*args, **kwargs)
+    )
+    result = transforms.evaluation_transform(size, None)(image)
+    assert max(areas) < 5e6  # of one byte each
+    assert result.shape == (1, *size)
+    assert abs(result.float().mean() - 127.5) < 1.5  # the middle
+
+
 def test_the_probes_crop_has_the_published_mean_area():
     """One draw, clamped: 0.52 of a 500 x 375 image on average, where torchvision's has 0.435."""
     random.seed(0)
@@ -348,8 +330,6 @@ def test_the_probes_crop_of_a_tiny_picture():
 
 
 def test_erasing_and_mixing_come_after_normalisation(monkeypatch):
-    import main_finetune
-
     settings = FinetuneSettings(reprob=1.0, mixup=0.8, cutmix=1.0)
     prepare = main_finetune.make_prepare(settings, 10, transforms.Normalize((0.5,), (0.5,)), torch.device("cpu"))
     torch.manual_seed(0)

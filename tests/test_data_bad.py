@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
+import struct
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tifffile
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from util.data import datasets, decode, transforms
 from util.data.bad_images import BadImages, TooManyBadImages
@@ -35,6 +38,107 @@ def rotated() -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     return rgb(exif=exif.tobytes(), subsampling=0)
+
+
+def exif(orientation: int, kind: str = "H", order: str = "II", before: list | None = None) -> bytes:
+    """An APP1 segment whose EXIF says the orientation as SHORT (H) or LONG (I)."""
+    pack = "<" if order == "II" else ">"
+    values = [*(before or []), orientation]
+    entries = [struct.pack(f"{pack}HHI", 0x0112, 3 if kind == "H" else 4, 1) for _ in values]
+    fields = [entry + struct.pack(f"{pack}{kind}", v).ljust(4, b"\0") for entry, v in zip(entries, values, strict=True)]
+    header = order.encode() + struct.pack(f"{pack}HIH", 42, 8, len(values))
+    return segment(b"Exif\0\0" + header + b"".join(fields) + bytes(4))
+
+
+def segment(payload: bytes, marker: int = 0xE1) -> bytes:
+    return struct.pack(">BBH", 0xFF, marker, len(payload) + 2) + payload
+
+
+def xmp(orientation: int) -> bytes:
+    text = f'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="{orientation}"/>'
+    return segment(b"http://ns.adobe.com/xap/1.0/\0" + text.encode())
+
+
+MAKERS = segment(b"Maker\0" + bytes(40))
+SIDEWAYS = {
+    "none": lambda o: b"",
+    "exif": exif,
+    "big-endian": lambda o: exif(o, order="MM"),
+    "a maker's first": lambda o: MAKERS + exif(o),
+    "xmp first": lambda o: xmp(1) + exif(o),
+    "xmp only": xmp,
+    "xmp after exif": lambda o: exif(1) + xmp(o),
+    "a LONG": lambda o: exif(o, "I"),
+    "a big-endian LONG": lambda o: exif(o, "I", "MM"),
+    "said twice": lambda o: exif(o, before=[9 - o]),
+    "two segments": lambda o: exif(o) + exif(9 - o),
+    "doubled header": lambda o: segment(b"Exif\0\0" + exif(o)[4:]),
+    "in the wrong segment": lambda o: segment(exif(o)[4:], 0xE4),
+    "cut short": lambda o: segment(exif(o)[4:24]),
+    "no tiff": lambda o: segment(b"Exif\0\0nothing that is TIFF"),
+    "empty": lambda o: segment(b"Exif\0\0"),
+}
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("place", SIDEWAYS)
+def test_every_way_of_decoding_shows_the_image_as_upright_as_pillow(place, orientation):
+    jpeg = rgb()
+    content = jpeg[:2] + SIDEWAYS[place](orientation) + jpeg[2:]
+    with Image.open(io.BytesIO(content)) as image:
+        upright = ImageOps.exif_transpose(image)
+    if place in ("a maker's first", "xmp first", "xmp only", "doubled header", "a big-endian LONG"):
+        assert upright.size == ((48, 80) if orientation in (5, 6, 7, 8) else (80, 48))
+    for channels, mode in decode.MODES.items():
+        expected = np.asarray(upright.convert(mode)).reshape(*upright.size[::-1], channels)
+        np.testing.assert_array_equal(decode.to_pixels(content, channels).numpy(), expected)
+        np.testing.assert_array_equal(np.asarray(decode.to_picture(content, mode)).reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [*((name, "RGB") for name in ("MPO", "WEBP", "AVIF")), *itertools.product(("PNG", "TIFF"), ("RGB", "P", "I;16"))],
+)
+def test_other_formats_are_upright_too(format, mode):
+    pixels = Image.fromarray(PIXELS)
+    tag = Image.Exif()
+    tag[0x0112] = 6
+    for number, options in enumerate(({}, {"exif": tag.tobytes()})):
+        image = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257) if mode == "I;16" else pixels.convert(mode)
+        if mode == "P":
+            options["transparency"] = 3
+        found = decode.to_picture(encoded(image, format, **options), "RGB")
+        assert found.size == ((48, 80) if number else (80, 48))
+
+
+def tiff(bits: int, photometric: int, data: bytes, width: int) -> bytes:
+    """A little-endian grey TIFF of one row."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    data += bytes(len(data) % 2)
+    return b"II" + struct.pack("<HI", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_deep_grey_tiffs_have_their_own_scale():
+    deep = np.array([0, 256, 4095 * 16, 65535], dtype="<u2").tobytes()
+    for photometric, expected in ((1, [0, 0, 254, 255]), (0, [255, 255, 1, 0])):
+        found = np.asarray(decode.to_picture(tiff(16, photometric, deep, 4), "L"))
+        assert found.tolist() == [expected]
+    twelve = decode.to_picture(tiff(12, 1, bytes([0x00, 0x08, 0x00, 0xFF, 0xFF, 0xFF]), 4), "L")
+    assert np.asarray(twelve).tolist() == [[0, 127, 255, 255]]
+
+
+def test_no_program_is_run_on_a_file(tmp_path, monkeypatch):
+    """Pillow would hand PostScript, which is code, to Ghostscript."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/run\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    text = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(Exception, match="cannot identify"):
+        decode.to_picture(text, "RGB")
+    assert not (tmp_path / "run").exists()
+    assert not {".eps", ".ps"} & set(decode.EXTENSIONS)
 
 
 def with_frames(format: str) -> bytes:
@@ -176,7 +280,32 @@ def test_bad_pictures_are_replaced_named_and_counted(mixed, exact, workers, caps
         assert torch.equal(again[key][0][0], crops[place])
     names = [images.source.name(i) for i in range(len(images))]
     empty = next(i for i, name in enumerate(names) if name.endswith("empty.jpg"))
-    assert again._first_good(empty)[0] == 0  # all from it to the end are bad
+    numbered = SeededImages(replace(images, labels=range(len(images))), data.transform, max_bad_images=0.9)
+    assert numbered[0, empty][1] == 0  # all from it to the end are bad
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_transform_that_fails_makes_a_bad_image_like_any_other(mixed, workers, capsys):
+    images = datasets.open_unlabelled("folder", str(mixed), 3)
+
+    def transform(picture):
+        if max(picture.size) == 200:
+            raise RuntimeError("too\nthin")
+        if picture.size == (1, 1) and torch.rand(1) < 0.5:  # not always: it is tried again
+            raise ValueError("too small")
+        return torch.rand(1)
+
+    runs = []
+    for again in (False, True):
+        data = SeededImages(replace(images, labels=range(len(images))), transform, max_bad_images=0.9)
+        keys = [(epoch, index) for epoch in range(4) for index in range(len(images))][again :: 1 + again]
+        loader = torch.utils.data.DataLoader(data, batch_sampler=[[key] for key in keys], num_workers=workers)
+        runs.append({key: tuple(map(float, sample)) for key, sample in zip(keys, loader, strict=True)})
+    assert all(runs[0][key] == sample for key, sample in runs[1].items())  # whatever failed before
+    data.bad.collect(torch.device("cpu"))
+    said = capsys.readouterr().err
+    (thin,) = (line for line in said.splitlines() if "thin.png" in line)
+    assert "thin.png: the transform failed (too thin); the next good one takes its place" in thin
 
 
 def test_too_many_stop_the_run_with_a_sentence(capsys):

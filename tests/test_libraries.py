@@ -54,7 +54,7 @@ def test_without_such_a_column_the_columns_are_named(samples, tmp_path):
 
 
 def test_a_single_saved_table_is_no_validation_set(samples, tmp_path):
-    table(samples, label=[0] * 6).save_to_disk(str(tmp_path / "saved"))
+    table(samples, label=[0, 1] * 3).save_to_disk(str(tmp_path / "saved"))
     assert len(datasets.open_labelled("hfds", str(tmp_path / "saved"), "train", 3)) == 6
     with pytest.raises(ValueError, match=r"has no split to take for val .it is a single data set, which is the split"):
         datasets.open_labelled("hfds", str(tmp_path / "saved"), "val", 3)
@@ -68,13 +68,58 @@ def test_a_table_saved_for_another_library_is_read_alike(samples, tmp_path):
     assert images.source.read(3) == samples[3][0]
 
 
-@pytest.mark.parametrize("values", [["a", "b"] * 3, [0, None] * 3, [[0, 1]] * 6, [0.5] * 6], ids=str)
-def test_labels_that_are_no_class_numbers_do_not_keep_from_pretraining(samples, tmp_path, values):
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            ["cat", "dog"] * 3,
+            "'cat', which is no class number; make it one with class_encode_column('label') of the lib",
+        ),
+        ([0, None] * 3, "None, which is no class number"),
+        ([[0, 1]] * 6, "[0, 1], which is no class number"),
+        ([0.0] * 6, "0.0, which is no class number"),
+        ([0, -1] * 3, "-1, which is no class number"),
+        ([0, 2**33] * 3, "8589934592, which is no class number"),
+        ([0, 2**31 - 1] * 3, "a class is a number from 0 to 999999"),
+    ],
+    ids=str,
+)
+def test_labels_that_are_no_class_numbers_do_not_keep_from_pretraining(samples, tmp_path, values, said):
     name, cache = parquet(tmp_path / "rows", train=table(samples, label=values))
     images = datasets.open_unlabelled(name, cache, 3)
-    assert list(images.labels) == [value if isinstance(value, int) else -1 for value in values]
-    with pytest.raises(ValueError, match=r"train, row [01]: this picture has no class"):
+    assert list(images.labels) == [value if isinstance(value, int) and value < 2**31 else -1 for value in values]
+    with pytest.raises(ValueError, match=r"train, row [01]: this picture has no class") as error:
         datasets.open_labelled(name, cache, "train", 3)
+    assert said in str(error.value)
+
+
+def test_another_name_of_the_labels_column_is_asked_for(samples, tmp_path):
+    name, cache = parquet(tmp_path / "rows", train=table(samples, category=[0, 1] * 3))
+    assert list(datasets.open_unlabelled(name, cache, 3).labels) == [-1] * 6
+    known = "label, labels, fine_label, cls"
+    with pytest.raises(
+        ValueError, match=rf"no column is named {known}, only image, category; rename the one of the cla"
+    ):
+        datasets.open_labelled(name, cache, "train", 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("state.json", "[]"),
+        ("state.json", '{"_data_files": 7}'),
+        ("state.json", '{"_data_files": [{"filename": 3}]}'),
+        ("dataset_info.json", "[1]"),
+        ("dataset_info.json", '{"features": {"label": 3}}'),
+        ("dataset_info.json", '{"features": {"label": {"_type": "os:system", "names": ["trap"]}}}'),
+        ("dataset_info.json", "[" * 100000),
+    ],
+)
+def test_hugging_face_metadata_of_a_wrong_type_is_named(samples, tmp_path, file, content):
+    table(samples, label=[0, 1] * 3).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / file).write_text(content)
+    with pytest.raises(ValueError, match=r"--dataset hfds: .*saved has no split to take for train"):
+        datasets.open_labelled("hfds", str(tmp_path / "saved"), "train", 3)
 
 
 def test_places365_is_a_list_of_files(samples, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Pictures that cannot be decoded: known to all workers and processes, said once, counted, and not too many."""
+"""Bad images, which cannot be decoded or transformed: named once over all processes, counted, and not too many."""
 
 from __future__ import annotations
 

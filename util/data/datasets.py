@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import itertools
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import seeding
 from util.data import decode, libraries, names, sources, tar_shards
@@ -21,6 +20,7 @@ from util.suggest import check_known
 
 NAMES = ("folder", "digits", "wds", "hfds", "torch")  # the last three also as wds/PATTERN, hfds/NAME, torch/NAME
 _STREAMS = ("hfids", "tfds")
+_MOST_CLASSES = 10**6  # a larger class number is an identifier, and would ask for a head of gigabytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,10 +29,12 @@ class ImageSet:
 
     Attributes:
         source: reads a picture by its number.
-        labels: class of each.
+        labels: class of each; -1: none.
         classes: names of the classes; empty if the labels mean nothing.
         channels: that are wanted.
         dtype: of the values of every picture that is made a tensor, `uint8` for picture files; None: any.
+        passed_over: how many files beside them have which ending.
+        why_unlabelled: where the labels are no class numbers: what they are, in a sentence.
     """
 
     source: sources.Source
@@ -40,9 +42,21 @@ class ImageSet:
     classes: tuple[str, ...]
     channels: int
     dtype: np.dtype | None = None
+    passed_over: Counter[str] = field(default_factory=Counter)
+    why_unlabelled: str = ""
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def summary(self, title: str) -> str:
+        """Return a line about what was found, for the log."""
+        classes = f" of {len(self.classes)} classes" if self.classes else ""
+        ordered = sorted(self.passed_over.items(), key=lambda item: (-item[1], item[0]))
+        counts = [f"{ending} {count}" for ending, count in ordered]
+        shown = ", ".join(counts[:10]) + (", ..." if len(counts) > 10 else "")
+        passed_over = f"; passed over {self.passed_over.total()} files ({shown})" if counts else ""
+        line = f"{title}: found {len(self)} images{classes}{passed_over}"
+        return line.encode("ascii", "backslashreplace").decode()  # a file's name may be in any encoding
 
     @functools.cached_property
     def digest(self) -> str | None:
@@ -84,8 +98,9 @@ class ImageSet:
 class SeededImages(Dataset):
     """`dataset[epoch, index]` -> transformed picture and label, random only in (seed, epoch, index).
 
-    A picture that cannot be decoded is replaced by the next good one, with its label, and marked in `bad`. Once those
-    are too many, a blank picture is handed out instead of searching on: `bad.collect` will end the run.
+    A picture that cannot be decoded or transformed is replaced by the next good one, with its label, and marked in
+    `bad`. Once those are too many, a blank picture is handed out instead of searching on: `bad.collect` will end the
+    run.
 
     Args:
         images: the pictures.
@@ -98,6 +113,8 @@ class SeededImages(Dataset):
     def __init__(self, images: ImageSet, transform: Callable, seed: int = 0, max_bad_images: float | None = None):
         self.images, self.transform, self.seed = images, transform, seed
         self._decoder = images.to_pixels if getattr(transform, "takes_pixels", False) else images.to_picture
+        # Tried once by each worker. A transform is tried again: whether it fails may depend on its random numbers.
+        self._undecodable: dict[int, str] = {}
         self._collected = max_bad_images is not None
         self.bad = BadImages(len(images), max_bad_images if self._collected else 1.0, self._describe)
 
@@ -106,27 +123,33 @@ class SeededImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
         epoch, index = key
-        good, picture = self._first_good(index)
-        with seeding.sample_state(self.seed, epoch, index):
+        for candidate in ((index + distance) % len(self) for distance in range(len(self))):
             try:
-                return self.transform(picture), int(self.images.labels[good])
-            except Exception as error:
-                raise RuntimeError(f"{self.images.source.name(good)}: the transform failed ({error})") from error
+                return self._sample(candidate, (epoch, index)), int(self.images.labels[candidate])
+            except OSError:
+                self.bad.mark(candidate)
+            if self._collected and self.bad.too_many():
+                return self.transform(self._blank()), int(self.images.labels[index])
+        raise OSError(f"{self._describe(index)}; nor can the {len(self)} pictures from it on")
 
     def name(self, index: int) -> str:
         """Of picture `index`, for messages."""
         return self.images.source.name(index)
 
-    def _first_good(self, index: int) -> tuple[int, Image.Image | torch.Tensor]:
-        for candidate in ((index + distance) % len(self) for distance in range(len(self))):
-            if candidate not in self.bad:
-                try:
-                    return candidate, self.images.decoded(candidate, self._decoder)
-                except OSError:
-                    self.bad.mark(candidate)
-            if self._collected and self.bad.too_many():
-                return index, self._blank()
-        raise OSError(f"{self._describe(index)}; nor can the {len(self)} pictures from it on")
+    def _sample(self, index: int, key: tuple[int, int]):
+        """Return picture `index`, transformed with the random numbers of `key`. OSError names it if that fails."""
+        if index in self._undecodable:
+            raise OSError(self._undecodable[index])
+        try:
+            picture = self.images.decoded(index, self._decoder)
+        except OSError as error:
+            self._undecodable[index] = str(error)
+            raise
+        with seeding.sample_state(self.seed, *key):
+            try:
+                return self.transform(picture)
+            except Exception as error:  # transforms raise everything, too
+                raise OSError(f"{self.name(index)}: the transform failed ({decode.reason(error)})") from error
 
     def _blank(self) -> Image.Image | torch.Tensor:
         """A picture that fits into a batch with the others."""
@@ -135,10 +158,10 @@ class SeededImages(Dataset):
 
     def _describe(self, index: int) -> str:
         try:
-            self.images.decoded(index, self._decoder)
+            self._sample(index, (0, index))
         except OSError as error:
             return str(error)
-        return f"{self.images.source.name(index)}: could not be decoded, but now it can"
+        return f"{self.name(index)}: could not be decoded or transformed, but now it can"
 
 
 def open_unlabelled(name: str, data_path: str | None, in_chans: int, loader: str | None = None) -> ImageSet:
@@ -157,16 +180,15 @@ def open_unlabelled(name: str, data_path: str | None, in_chans: int, loader: str
     check(name, in_chans, loader)
     if name != "folder":
         return _open(name, data_path, "train", in_chans)
-    root = _folder(data_path)
-    root = root / "train" if (root / "train").is_dir() else root
+    root = _training_folder(_folder(data_path))
     if loader is not None:
         return _with_loader(root, loader, in_chans)
-    paths = sources.find_files(root, IMG_EXTENSIONS)
+    paths, passed_over = sources.find_files(root, decode.EXTENSIONS)
     if not paths:
         raise ValueError(
             f"--data_path {data_path}: no picture below it; any folder of pictures will do, nested or flat"
         )
-    return ImageSet(sources.Files(paths), np.zeros(len(paths), dtype=np.int64), (), in_chans)
+    return ImageSet(sources.Files(paths), np.zeros(len(paths), dtype=np.int64), (), in_chans, passed_over=passed_over)
 
 
 def open_labelled(name: str, data_path: str | None, split: str, in_chans: int) -> ImageSet:
@@ -180,18 +202,40 @@ def open_labelled(name: str, data_path: str | None, split: str, in_chans: int) -
         raise ValueError(f"--in_chans {in_chans}: training with classes takes 1 (grey), 3 (RGB) or 4 (RGBA) channels")
     if name.startswith("wds/"):
         raise ValueError(f"--dataset {name}: a pattern is for pre-training; name the shards train-*.tar and val-*.tar")
-    if name != "folder":
-        return _with_classes(_open(name, data_path, split, in_chans))
-    root = _folder(data_path) / split
-    folders = root.iterdir() if root.is_dir() else ()
-    classes = tuple(sorted(place.name for place in folders if place.is_dir() and not place.name.startswith(".")))
-    paths = [sources.find_files(root / name, IMG_EXTENSIONS) for name in classes]
-    labels = np.repeat(np.arange(len(classes)), [len(found) for found in paths])
-    if not len(labels):
+    if name == "folder":
+        images = _class_folders(_folder(data_path) / split, in_chans)
+    else:
+        images = _open(name, data_path, split, in_chans)
+    return _with_classes(images)
+
+
+def _training_folder(root: Path) -> Path:
+    """Return the folder train in `root`, or `root` itself where it is not divided into splits."""
+    if (root / "train").is_dir():
+        return root / "train"
+    _, folders, _ = next(sources.walk(root))
+    held_out = [name for name in folders if tar_shards.split_of(name) in ("val", "test")]
+    if held_out:
         raise ValueError(
-            f"--data_path {data_path}: no picture in {root}/<class>/<picture>; expected folders train and val"
+            f"--data_path {root}: holds the folder {held_out[0]}, which is not to be trained on, but none named train; "
+            f"rename the training folder to train, or name it with --data_path"
         )
-    return ImageSet(sources.Files(itertools.chain.from_iterable(paths)), labels, classes, in_chans)
+    return root
+
+
+def _class_folders(root: Path, in_chans: int) -> ImageSet:
+    """Return the pictures `root`/<class>/<picture>. A class may have no picture."""
+    _, classes, beside = next(sources.walk(root)) if root.is_dir() else ("", [], [])
+    found = [sources.find_files(root / name, decode.EXTENSIONS) for name in classes]
+    paths = [path for part, _ in found for path in part]
+    if not paths:
+        raise ValueError(
+            f"--data_path {root.parent}: no picture in {root}/<class>/<picture>; expected folders train and val"
+        )
+    passed_over = Counter(f"{sources.ending(name) or 'no ending'} beside the class folders" for name in beside)
+    passed_over += sum((others for _, others in found), Counter())
+    labels = np.repeat(np.arange(len(classes)), [len(part) for part, _ in found])
+    return ImageSet(sources.Files(paths), labels, tuple(classes), in_chans, passed_over=passed_over)
 
 
 def check(name: str, in_chans: int, loader: str | None) -> None:
@@ -221,37 +265,50 @@ def _open(name: str, data_path: str | None, split: str, in_chans: int) -> ImageS
         classes = tuple(tar_shards.read_info(root).get("classes", ()))
         return _all_like_the_first(ImageSet(shards, shards.labels, classes, in_chans))[0]
     opener = libraries.open_torchvision if kind == "torch" else libraries.open_hugging_face
-    source, labels, classes = opener(name, data_path, split)
+    source, labels, classes, why = opener(name, data_path, split)
     if not len(source):
         raise ValueError(f"--dataset {name}: the split {split} is empty")
-    return ImageSet(source, labels, classes, in_chans)
+    return ImageSet(source, labels, classes, in_chans, why_unlabelled=why)
 
 
 def _with_classes(images: ImageSet) -> ImageSet:
-    missing = np.flatnonzero(np.asarray(images.labels) < 0)
+    """Return the images, their classes named. ValueError: one has no class."""
+    labels, name = np.asarray(images.labels), images.source.name
+    missing = np.flatnonzero((labels < 0) | (labels >= _MOST_CLASSES))
     if len(missing):
+        why = images.why_unlabelled or f"a class is a number from 0 to {_MOST_CLASSES - 1}"
         raise ValueError(
-            f"{images.source.name(missing[0])}: this picture has no class; training with classes needs one for each"
+            f"{name(missing[0])}: this picture has no class; training with classes needs one for each ({why})"
         )
-    beyond = np.flatnonzero(np.asarray(images.labels) >= len(images.classes)) if images.classes else ()
+    classes = images.classes or tuple(map(str, range(int(max(labels)) + 1)))
+    beyond = np.flatnonzero(labels >= len(classes))
     if len(beyond):
         raise ValueError(
-            f"{images.source.name(beyond[0])}: its class is {images.labels[beyond[0]]}, but only {len(images.classes)} "
+            f"{name(beyond[0])}: its class is {labels[beyond[0]]}, but only {len(classes)} "
             "classes have names, counted from 0; mend the label, or the list of the names"
         )
-    if images.classes:
-        return images
-    return replace(images, classes=tuple(str(number) for number in range(int(max(images.labels)) + 1)))
+    return replace(images, classes=classes)
+
+
+def check_several_classes(images: ImageSet) -> None:
+    """ValueError: all images are of one class, which any classifier gets right."""
+    first = images.labels[0]
+    if (np.asarray(images.labels) == first).all():
+        raise ValueError(
+            f"{images.source.name(0)}: every picture to train on is of the class {images.classes[first]}, so there is "
+            "nothing to tell apart; in a folder, is there one level too many above those of the classes?"
+        )
 
 
 def _with_loader(root: Path, loader: str, in_chans: int) -> ImageSet:
     function = sources.import_loader(loader)
     endings = tuple(getattr(function, "extensions", ("",)))
-    paths = sources.find_files(root, endings)
+    paths, passed_over = sources.find_files(root, endings)
     if not paths:
         raise ValueError(f"--data_path {root}: no file {' or '.join(endings)} below it for --loader {loader}")
     files = sources.Files(paths, function)
-    images, error = _all_like_the_first(ImageSet(files, np.zeros(len(paths), dtype=np.int64), (), in_chans))
+    labels = np.zeros(len(paths), dtype=np.int64)
+    images, error = _all_like_the_first(ImageSet(files, labels, (), in_chans, passed_over=passed_over))
     if images.dtype is None:
         raise ValueError(f"--loader {loader}: {error}") from error
     return images

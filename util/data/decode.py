@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import warnings
 from functools import cache
@@ -13,14 +12,23 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Content = bytes | np.ndarray  # an encoded file, or pixels (H, W) or (H, W, C)
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name
-_LARGEST = 2 * Image.MAX_IMAGE_PIXELS  # where Pillow calls a picture a decompression bomb
 
-# Between half of that and all of it Pillow would warn, in every worker, for every picture.
+# Pillow would warn of large images and odd EXIF in every worker, for every image; what it cannot decode is an error.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+Image.init()
+# What Pillow names but does not decode, or hands to another program: PostScript is code, which Ghostscript would run.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+_FORMATS = ["JPEG", *(name for name in Image.ID if name not in {"JPEG", *_NOT_DECODED})]  # tried in this order
+EXTENSIONS = tuple(sorted(ending for ending, name in Image.registered_extensions().items() if name in _FORMATS))
+
+_ORIENTATION = 0x0112  # EXIF's tag
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
 
 
 def to_picture(content: Content, mode: str) -> Image.Image:
-    """A PIL image in `mode`: the first frame, turned as EXIF says, 16-bit grey scaled to 8 bits, no alpha blended.
+    """Return a PIL image in `mode`: the first frame, upright, 16-bit grey scaled to 8 bits, no alpha blended.
 
     RGBA comes under the name CMYK, with the bands R, G, B, A: Pillow's resizing multiplies the colours of a picture
     that is called RGBA by its alpha, and so loses them where that is 0.
@@ -28,23 +36,19 @@ def to_picture(content: Content, mode: str) -> Image.Image:
     Raises:
         Exception: of any type, if it cannot be decoded; libraries raise many.
     """
-    pixels = _plain_jpeg(content) if mode == "RGB" else None
-    return with_pillow(content, mode) if pixels is None else Image.fromarray(pixels.numpy())
+    with _opened(content) as image:
+        pixels = _fast_jpeg_pixels(image, content) if mode == "RGB" else None
+        return _converted(image, mode) if pixels is None else Image.fromarray(pixels.numpy())
 
 
 def with_pillow(content: Content, mode: str) -> Image.Image:
-    """The same by Pillow alone, which is slower for JPEGs, and the judge of what can be decoded."""
-    if isinstance(content, np.ndarray):
-        return _independent(_eight_bits(Image.fromarray(_grey_as_2d(content))).convert(mode))
-    with Image.open(io.BytesIO(content)) as image:
-        image.load()
-        shown = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else _eight_bits(image)
-        ImageOps.exif_transpose(shown, in_place=True)
-        return _independent(shown.convert(mode) if shown.mode != mode else shown)
+    """Return the same by Pillow alone, which is slower for JPEGs, and the judge of what can be decoded."""
+    with _opened(content) as image:
+        return _converted(image, mode)
 
 
 def to_pixels(content: Content, channels: int) -> torch.Tensor:
-    """The same pixels as a tensor (H, W, C), `uint8`; fp32 for arrays of other types.
+    """Return the same pixels as a tensor (H, W, C), `uint8`; fp32 for arrays of other types.
 
     Arrays keep their channels, which must be as many as `channels`. `uint16` becomes 0..1, floats stay what they are.
     """
@@ -54,19 +58,44 @@ def to_pixels(content: Content, channels: int) -> torch.Tensor:
         return _from_array(content, channels)
     if channels not in MODES:
         raise ValueError(f"a picture file, which cannot have {channels} channels; see --in_chans")
-    pixels = _plain_jpeg(content) if channels == 3 else None
-    if pixels is None:
-        pixels = torch.from_numpy(np.array(with_pillow(content, MODES[channels])))
+    with _opened(content) as image:
+        pixels = _fast_jpeg_pixels(image, content) if channels == 3 else None
+        if pixels is None:
+            pixels = torch.from_numpy(np.array(_converted(image, MODES[channels])))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def _plain_jpeg(content: Content) -> torch.Tensor | None:
-    """(H, W, 3) of a JPEG, by the faster decoder; None for what is no JPEG, or too damaged for it: Pillow judges."""
-    if not isinstance(content, bytes) or not _has_plain_header(content) or fast_jpeg() is None:
+def _opened(content: Content) -> Image.Image:
+    """Return an image of which only the header has been read."""
+    if isinstance(content, np.ndarray):
+        return Image.fromarray(_grey_as_2d(content))
+    return Image.open(io.BytesIO(content), formats=_FORMATS)
+
+
+def _converted(image: Image.Image, mode: str) -> Image.Image:
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    shown = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else _eight_bits(image)
+    return _independent(shown.convert(mode) if shown.mode != mode else shown)
+
+
+def _fast_jpeg_pixels(image: Image.Image, content: bytes) -> torch.Tensor | None:
+    """Return (H, W, 3) of a JPEG from the faster decoder; None for what is no JPEG, lies, or is too damaged for it.
+
+    Pillow decides which way is up. The other decoder would turn the image too, but finds other orientations; so it
+    gets the file without its EXIF. Pillow turns an image faster than a tensor is turned.
+    """
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB") or fast_jpeg() is None:
         return None
-    with contextlib.suppress(RuntimeError):
+    if image.getexif().get(_ORIENTATION) in range(2, 9):
+        return None
+    for _, segment in image.applist:
+        if segment.startswith(b"Exif"):
+            content = content.replace(segment, bytes(len(segment)), 1)
+    try:
         return fast_jpeg()(content, mode="RGB").permute(1, 2, 0)  # contiguous, as it was decoded
-    return None
+    except RuntimeError:
+        return None
 
 
 def reason(error: Exception) -> str:
@@ -115,32 +144,17 @@ def _from_array(array: np.ndarray, channels: int) -> torch.Tensor:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey to 8-bit grey; Pillow's own conversion would cut everything above 255.
+    """Return 16-bit grey as 8-bit grey, others as they are; Pillow's own conversion would cut everything above 255.
 
     ValueError for floats and 32 bits. Pillow gives 16 bits of PNG and PGM as 32, but also signed 16 bits of TIFF.
     """
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; read it with a --loader")
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):
-        raise ValueError("its pixels are signed or 32-bit numbers of unknown range; read it with a --loader")
     if not image.mode.startswith("I"):
         return image
-    scaled = Image.fromarray(np.clip(np.asarray(image, dtype=np.int64) // 257, 0, 255).astype(np.uint8))
-    scaled.info = image.info
-    return scaled
-
-
-def _has_plain_header(data: bytes) -> bool:
-    """True for a JPEG whose header states a size that is no decompression bomb: Pillow judges all others."""
-    place = 2
-    while data[:2] == b"\xff\xd8" and place + 9 < len(data) and data[place] == 0xFF:
-        marker = data[place + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            height, width = _big_endian(data, place + 5), _big_endian(data, place + 7)
-            return 0 < height * width <= _LARGEST
-        place += 2 + _big_endian(data, place + 2)
-    return False
-
-
-def _big_endian(data: bytes, place: int) -> int:
-    return int.from_bytes(data[place : place + 2], "big")
+    if image.format not in ("PNG", "PPM") and (image.mode == "I" or image.format not in ("TIFF", "JPEG2000", None)):
+        raise ValueError("its pixels are signed or 32-bit numbers of unknown range; read it with a --loader")
+    tags = getattr(image, "tag_v2", {})
+    largest = 2 ** tags.get(_BITS_PER_SAMPLE, (16,))[0] - 1
+    scaled = np.clip(np.asarray(image, dtype=np.int64) * 255 // largest, 0, 255).astype(np.uint8)
+    return Image.fromarray(255 - scaled if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else scaled)

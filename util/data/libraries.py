@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from timm.data import create_dataset
@@ -10,7 +11,17 @@ from timm.data import create_dataset
 from util.data.decode import Content
 from util.data.sources import Arrays, Files, Source
 
-Opened = tuple[Source, np.ndarray, tuple[str, ...]]  # pictures, classes of them (-1: none), names of the classes
+
+class Opened(NamedTuple):
+    """Pictures, their classes (-1: none), the names of the classes, and why there may be none."""
+
+    source: Source
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    why_unlabelled: str = ""
+
+
+_LABELS = ("label", "labels", "fine_label", "cls")
 
 
 def open_torchvision(name: str, data_path: str | None, split: str) -> Opened:
@@ -36,7 +47,7 @@ def open_torchvision(name: str, data_path: str | None, split: str) -> Opened:
             f"--dataset {name}: has {np.shape(labels)[1]} labels for each picture, not one class; take another data set"
         )
     classes = [entry if isinstance(entry, str) else entry[0] for entry in getattr(data, "classes", ())]
-    return source, np.asarray(labels, dtype=np.int64), tuple(classes)
+    return Opened(source, np.asarray(labels, dtype=np.int64), tuple(classes))
 
 
 class _Rows:
@@ -78,7 +89,7 @@ def open_hugging_face(name: str, data_path: str | None, split: str) -> Opened:
         try:
             data = _load_split(datasets, place, cache, part)
             break
-        except (ValueError, OSError, KeyError, datasets.exceptions.DatasetsError) as error:
+        except Exception as error:  # the library raises anything where its files hold values of another type
             problems.append(_sentence(error))
     else:
         raise ValueError(f"--dataset {name}: {place} has no split to take for {split} ({problems[0]})")
@@ -88,11 +99,25 @@ def open_hugging_face(name: str, data_path: str | None, split: str) -> Opened:
             f"--dataset {name}: no column named image, img, jpg or png in {place}, only {data.column_names}; rename it"
         )
     data = data.cast_column(key, datasets.Image(decode=False))
-    label = next((label for label in ("label", "labels", "fine_label", "cls") if label in data.column_names), None)
-    values = data[label][:] if label else [None] * len(data)
-    labels = np.array([value if isinstance(value, int) else -1 for value in values], dtype=np.int64)
-    names = getattr(data.features[label], "names", None) if label else None
-    return _Rows(data, key, f"{place} {part}"), labels, tuple(names or ())
+    labels, classes, why = _labels_of(data)
+    return Opened(_Rows(data, key, f"{place} {part}"), labels, classes, why)
+
+
+def _labels_of(data) -> tuple[np.ndarray, tuple[str, ...], str]:
+    """Return the class of each row, -1 where it has none, the names of the classes, and why some rows have none."""
+    column = next((name for name in _LABELS if name in data.column_names), None)
+    if column is None:
+        known, found = ", ".join(_LABELS), ", ".join(data.column_names)
+        why = f"no column is named {known}, only {found}; rename the one of the classes"
+        return np.full(len(data), -1), (), why
+    values = data[column][:]
+    numbers = [value if isinstance(value, int) and 0 <= value < 2**31 else -1 for value in values]
+    wrong = [value for value, number in zip(values, numbers, strict=True) if number < 0][:1]
+    why = f"the column {column} holds {wrong[0]!r:.50}, which is no class number" if wrong else ""
+    if wrong and isinstance(wrong[0], str):
+        why += f"; make it one with class_encode_column({column!r}) of the library datasets"
+    names = getattr(data.features[column], "names", None) or ()
+    return np.array(numbers, dtype=np.int64), tuple(names), why
 
 
 def _load_split(datasets, place: str, cache: str | None, split: str):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 
@@ -109,22 +110,55 @@ class Arrays:
         return f"{self.title}, picture {index}"
 
 
-def find_files(root: Path, endings: Iterable[str]) -> list[str]:
-    """The files below `root` with these endings, sorted by path.
+def find_files(root: Path, endings: Iterable[str]) -> tuple[list[str], Counter[str]]:
+    """Return the files below `root` with these endings, sorted by path, and how many others have which ending.
+
+    Raises:
+        ValueError: a folder cannot be read.
+    """
+    found, passed_over = [], Counter()
+    for place, _, names in walk(root):
+        wanted = {name for name in names if name.lower().endswith(tuple(endings))}
+        found += [os.path.join(place, name) for name in wanted]
+        passed_over.update(ending(name) or "no ending" for name in names if name not in wanted)
+    return sorted(found), passed_over
+
+
+def walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """Yield each folder from `root` down, with the names of its folders and of its files.
 
     Links are followed, but no folder is entered twice; what is hidden is skipped, such as macOS's `._a.jpg`.
+
+    Raises:
+        ValueError: a folder cannot be read. What looks like one, without an ending, counts: a link to nothing.
     """
-    found, seen = [], set()
-    for place, folders, names in os.walk(root, followlinks=True):
+    seen = set()
+    for place, folders, names in os.walk(root, followlinks=True, onerror=_refuse):
         status = os.stat(place)
         if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
-        names = (name for name in names if not name.startswith(".") and name.lower().endswith(tuple(endings)))
-        found += [os.path.join(place, name) for name in names]
-    return sorted(found)
+        names = [name for name in names if not name.startswith(".")]
+        for name in names:
+            if not ending(name):
+                try:
+                    os.stat(os.path.join(place, name))
+                except OSError as error:
+                    _refuse(error)
+        yield place, folders, names
+
+
+def ending(name: str) -> str:
+    """Return the ending of a file's name, in lower case."""
+    return os.path.splitext(name)[1].lower()
+
+
+def _refuse(error: OSError) -> NoReturn:
+    raise ValueError(
+        f"--data_path: {error.filename} cannot be read ({error.strerror}); mend its permissions or link, or remove it"
+    ) from error
 
 
 def import_loader(name: str) -> Callable[[str], np.ndarray]:

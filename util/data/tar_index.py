@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-EXTENSIONS = {*IMG_EXTENSIONS, ".npy"}
-_MAGIC, _FIRST_MAGIC = "tar-index-2", b"tar-index-1"  # the first kept names as they were, newlines and all
+from util.data import decode
+
+EXTENSIONS = {*decode.EXTENSIONS, ".npy"}
+# The first kept names as they were, newlines and all; the second knew fewer endings, and took sparse members.
+_MAGIC, _OLD_MAGICS = "tar-index-3", (b"tar-index-1", b"tar-index-2")
 _LONGEST_END = 1 << 20  # bytes of zeros, of writers in large blocks
+_LONGEST_LABEL = 1 << 24  # bytes of a .cls or .json file
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,9 @@ def open_index(shard: Path) -> ShardIndex:
     """
     if not shard.is_file():
         raise ValueError(f"{shard}: this shard is missing")
-    if index_path(shard).is_file() and not _is_outdated(shard):
+    with _readable(shard):
+        indexed = index_path(shard).is_file() and not _is_outdated(shard)
+    if indexed:
         return _load_index(shard)
     index = scan(shard)
     try:
@@ -67,10 +72,10 @@ def open_index(shard: Path) -> ShardIndex:
 
 
 def _is_outdated(shard: Path) -> bool:
-    """True for an index of the first format, or older than its shard, which was written again then."""
+    """True for an index of an earlier format, or older than its shard, which was written again then."""
     with open(index_path(shard), "rb") as file:
-        first = file.read(len(_FIRST_MAGIC))
-    return first == _FIRST_MAGIC or index_path(shard).stat().st_mtime_ns < shard.stat().st_mtime_ns
+        magic = file.read(len(_MAGIC))
+    return magic in _OLD_MAGICS or index_path(shard).stat().st_mtime_ns < shard.stat().st_mtime_ns
 
 
 def scan(shard: Path) -> ShardIndex:
@@ -81,10 +86,10 @@ def scan(shard: Path) -> ShardIndex:
     """
     pictures: dict[str, list[tarfile.TarInfo]] = {}
     labels: dict[str, int] = {}
-    with _open_tar(shard) as tar:
-        by_name = {posixpath.normpath(member.name): member for member in tar}
-        _check_end(shard, tar.offset)
-        for member in tar.getmembers():
+    members = _members(shard)
+    by_name = {posixpath.normpath(member.name): member for member in members}
+    with open(shard, "rb") as file:
+        for member in members:
             path = PurePosixPath(member.name)
             stem, _, ending = path.name.partition(".")
             key = str(path.parent / stem)
@@ -93,7 +98,9 @@ def scan(shard: Path) -> ShardIndex:
             if path.suffix.lower() in EXTENSIONS:
                 pictures.setdefault(key, []).append(member)
             elif ending.lower() == "cls" or (ending.lower() == "json" and key not in labels):
-                labels[key] = _class_number(tar.extractfile(_followed(shard, member, by_name)).read())
+                content = _followed(shard, member, by_name)
+                file.seek(content.offset_data)
+                labels[key] = _class_number(file.read(min(content.size, _LONGEST_LABEL)))
     if not pictures:
         raise ValueError(f"{shard}: no picture in this shard")
     chosen = [_picture_of(shard, found) for found in pictures.values()]
@@ -106,12 +113,35 @@ def scan(shard: Path) -> ShardIndex:
     )
 
 
+def _members(shard: Path) -> list[tarfile.TarInfo]:
+    """Return the members of `shard`. ValueError: damaged, or one is no plain run of bytes in it."""
+    members, length = [], shard.stat().st_size
+    with _readable(shard):
+        tar = tarfile.open(shard, "r:")  # noqa: SIM115 - closed below
+    with tar:
+        while True:
+            with _readable(shard):
+                member = tar.next()
+            if member is None:
+                _check_end(shard, tar.offset)
+                return members
+            if member.issparse():
+                raise ValueError(f"{shard}: {member.name} is a sparse file; write the shard anew without --sparse")
+            # A negative size would lead tarfile back, and on for ever.
+            if member.size < 0 or (member.isfile() and member.offset_data + member.size > length):
+                raise ValueError(
+                    f"{shard}: {member.name} has {member.size} bytes by its header, which cannot be: damaged or cut "
+                    "short; copy it again"
+                )
+            members.append(member)
+
+
 @contextlib.contextmanager
-def _open_tar(shard: Path) -> Iterator[tarfile.TarFile]:
+def _readable(shard: Path) -> Iterator[None]:
+    """Turn every error into a ValueError that names `shard`: damaged headers make tarfile raise many."""
     try:
-        with tarfile.open(shard, "r:") as tar:
-            yield tar
-    except (tarfile.TarError, EOFError) as error:
+        yield
+    except Exception as error:
         raise ValueError(f"{shard}: not a whole, uncompressed tar file ({error}); copy it again") from error
 
 
@@ -146,13 +176,13 @@ def _followed(shard: Path, member: tarfile.TarInfo, by_name: dict[str, tarfile.T
 
 
 def _class_number(content: bytes) -> int:
-    """The class in a .cls or .json file; -1 if there is none, as in captions."""
+    """Return the class in a .cls or .json file; -1 if there is none, as in captions, or it is an identifier."""
     try:
         label = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         return -1
     label = label.get("label") if isinstance(label, dict) else label
-    return label if type(label) is int and label >= 0 else -1
+    return label if type(label) is int and 0 <= label < 2**31 else -1
 
 
 def _picture_of(shard: Path, members: list[tarfile.TarInfo]) -> tarfile.TarInfo:
@@ -181,29 +211,34 @@ def _some(members: list[tarfile.TarInfo], most: int = 3) -> str:
 
 
 def _load_index(shard: Path) -> ShardIndex:
-    path = index_path(shard)
+    path, length = index_path(shard), shard.stat().st_size
     wrong = f"{path}: this index does not match its shard"
     remedy = "copy the shard again if it was cut short, or delete the index to have it made anew"
     try:
         header, *lines = path.read_text().splitlines()
         magic, num_bytes, num_samples = header.split("\t")
         rows = [line.split("\t", 3) for line in lines]
-        table = np.array([row[:3] for row in rows], dtype=np.int64).reshape(-1, 3)
-        index = ShardIndex(*table.T, [json.loads(row[3]) for row in rows])
-        expected = (int(num_bytes), int(num_samples))
-    except (ValueError, IndexError) as error:
+        starts, sizes, labels = np.array([row[:3] for row in rows], dtype=np.int64).reshape(-1, 3).T
+        index = ShardIndex(starts, sizes, labels, [json.loads(row[3]) for row in rows])
+        expected = int(num_bytes)
+        if magic != _MAGIC or not len(rows) == int(num_samples) > 0:
+            raise ValueError(f"{len(rows)} of {num_samples} pictures")
+        if not all(isinstance(name, str) for name in index.names) or labels.min() < -1 or sizes.min() < 0:
+            raise ValueError("a name or number that cannot be")
+    except (OSError, ValueError, IndexError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path}: not a whole index ({error}); delete it to have it made anew") from error
-    if magic != _MAGIC or len(rows) != expected[1]:
-        raise ValueError(f"{path}: not a whole index; delete it to have it made anew")
-    if shard.stat().st_size != expected[0]:
-        raise ValueError(f"{wrong}: {shard.name} has {shard.stat().st_size} bytes, not {expected[0]}; {remedy}")
+    if length != expected:
+        raise ValueError(f"{wrong}: {shard.name} has {length} bytes, not {expected}; {remedy}")
+    outside = np.flatnonzero((starts < tarfile.BLOCKSIZE) | (starts > length) | (sizes > length - starts))
+    if len(outside):
+        raise ValueError(f"{wrong} at {index.names[outside[0]]}; {remedy}")
     with open(shard, "rb") as file:
         for row in {0, len(rows) - 1}:
-            file.seek(index.starts[row] - tarfile.BLOCKSIZE)  # where the member's own header is
+            file.seek(starts[row] - tarfile.BLOCKSIZE)  # where the member's own header is
             try:
                 member = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-            except tarfile.TarError as error:
+            except Exception as error:
                 raise ValueError(f"{wrong} at {index.names[row]} ({error}); {remedy}") from error
-            if member.size != index.sizes[row]:
+            if member.size != sizes[row]:
                 raise ValueError(f"{wrong} at {index.names[row]}; {remedy}")
     return index

@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -66,17 +67,26 @@ class TarShards:
 
 
 def read_info(root: Path) -> dict:
-    """The content of `_info.json`, {} where there is none. ValueError if it cannot be read."""
+    """Return the content of `_info.json`, {} where there is none. ValueError if it is not what it should be."""
     path = root / INFO
     if not path.is_file():
         return {}
     try:
         info = json.loads(path.read_text())
         for split in info["splits"].values():
-            assert len(split["filenames"]) == len(split["shard_lengths"])
+            _check_list(split["filenames"], str)
+            _check_list(split["shard_lengths"], int)
+            if len(split["filenames"]) != len(split["shard_lengths"]):
+                raise ValueError("filenames and shard_lengths are not equally many")
+        _check_list(info.setdefault("classes", []), str)
         return info
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except Exception as error:  # whatever type stands where another belongs
         raise ValueError(f"{path}: not a description of shards ({error!r}); delete it to take all shards") from error
+
+
+def _check_list(values: list, kind: type) -> None:
+    if not isinstance(values, list) or not all(type(value) is kind for value in values):
+        raise TypeError(f"{values!r:.50} is no list of {kind.__name__}")
 
 
 def find_shards(root: Path, pattern: str, split: str) -> list[Path]:
@@ -86,7 +96,7 @@ def find_shards(root: Path, pattern: str, split: str) -> list[Path]:
         ValueError: there is none, or one that `_info.json` or the braces name is missing.
     """
     if pattern:
-        shards = [path for part in _expand(pattern) for path in (sorted(root.glob(part)) or [root / part])]
+        shards = _matching_shards(root, pattern)
     else:
         listed = [part for name, part in read_info(root).get("splits", {}).items() if name in _SPLITS[split]]
         if listed:
@@ -113,11 +123,15 @@ def _named_shards(root: Path, split: str) -> list[Path]:
 
 def _said_split(path: Path) -> str | None:
     """The split that a word of the path says, such as imagenet-train-000.tar. ValueError if it says two."""
-    words = re.split(r"[-_./]", path.as_posix().lower())
-    said = [split for split, names in _SPLITS.items() if not set(names).isdisjoint(words)]
+    said = sorted({split_of(word) for word in re.split(r"[-_./]", path.as_posix())} - {None})
     if len(said) > 1:
         raise ValueError(f"{path}: {' or '.join(said)}? Rename this shard, or name all with --dataset wds/PATTERN")
     return said[0] if said else None
+
+
+def split_of(word: str) -> str | None:
+    """Return the split that a word names, in any case of letters: train, val, test or none."""
+    return next((split for split, names in _SPLITS.items() if word.lower() in names), None)
 
 
 def _listed_shards(root: Path, split: dict) -> list[Path]:
@@ -131,11 +145,22 @@ def _listed_shards(root: Path, split: dict) -> list[Path]:
     return shards
 
 
-def _expand(pattern: str) -> list[str]:
+def _matching_shards(root: Path, pattern: str) -> list[Path]:
+    """The shards of a pattern such as a-{008..010}.tar or a-*.tar; ends at the first that is missing."""
+    shards = []
+    for part in _expand(pattern):
+        shards += sorted(root.glob(part)) or [root / part]
+        if not shards[-1].is_file():
+            break
+    return shards
+
+
+def _expand(pattern: str) -> Iterator[str]:
     """a-{008..010}.tar -> a-008.tar, a-009.tar, a-010.tar."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not found:
-        return [pattern]
+        yield pattern
+        return
     before, after = pattern[: found.start()], pattern[found.end() :]
-    numbers = range(int(found[1]), int(found[2]) + 1)
-    return [name for number in numbers for name in _expand(f"{before}{number:0{len(found[1])}}{after}")]
+    for number in range(int(found[1]), int(found[2]) + 1):
+        yield from _expand(f"{before}{number:0{len(found[1])}}{after}")

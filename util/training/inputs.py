@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from util.config import SupervisedSettings
 from util.data import transforms
-from util.data.datasets import ImageSet, open_labelled
+from util.data.datasets import ImageSet, check_several_classes, open_labelled
 from util.training import checkpoint, resume
 from util.training.context import step_plan
 
@@ -43,6 +43,8 @@ def open_inputs(settings: SupervisedSettings, build: Build, multiple: int = 1) -
     transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
     start, content = _start(settings) if settings.eval else (None, {})
     train = None if settings.eval else _open(settings, "train")
+    if train is not None:
+        check_several_classes(train)
     val = _open(settings, "val")
     classes = train.classes if train is not None else tuple(content.get("classes", ())) or val.classes
     val = _number_classes(settings, val, classes)
