@@ -182,6 +182,8 @@ def evaluator(job: Run, inputs: Inputs, model: VisionTransformer) -> Callable[..
     evaluation continues with it.
     """
     settings = job.settings
+    for note in inputs.notes:
+        job.log.say(note)
     transform = transforms.evaluation_transform(model.patch_embed.img_size, settings.crop_pct)
     normalize = transforms.Normalize(*statistics(settings)).to(job.device)
     indices = range(world.rank(), len(inputs.val), world.world_size())

@@ -17,6 +17,7 @@ from util.data import datasets, transforms
 from util.data.step_loader import MicroBatch
 from util.distributed import world
 from util.training import checkpoint, resume, run
+from util.training.following import follow
 from util.training.step import GradientStep
 
 
@@ -28,6 +29,7 @@ class Inputs:
     images: datasets.ImageSet
     resumed: dict | None  # checkpoint to continue
     weights: dict | None  # state dict to start from
+    notes: list[str]  # for the log
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
 def train(job: run.Run, inputs: Inputs) -> None:
     """Build the model and the optimizer, and train for the epochs that are left."""
     settings = job.settings
+    for note in inputs.notes:
+        job.log.say(note)
     bare = base.build_model(settings)
     if inputs.weights is not None:
         bare.load_state_dict(inputs.weights)
@@ -112,13 +116,15 @@ def check(settings: PretrainSettings) -> Inputs:
     own = checkpoint.find_own(settings.output_dir)
     if own is not None or settings.resume:
         path, content = own or (settings.resume, checkpoint.load(settings.resume))
-        resumed = resume.check(path, content, model, plan)
-        return Inputs(strategy, images, resumed, None)
+        notes = follow(settings, content, path)
+        return Inputs(strategy, images, resume.check(path, content, model, plan), None, notes)
     if settings.finetune:
-        weights = checkpoint.model_state(checkpoint.load(settings.finetune), settings.finetune)
+        content = checkpoint.load(settings.finetune)
+        notes = follow(settings, content, settings.finetune)
+        weights = checkpoint.model_state(content, settings.finetune)
         checkpoint.check_state(settings.finetune, model, weights)
-        return Inputs(strategy, images, None, weights)
-    return Inputs(strategy, images, None, None)
+        return Inputs(strategy, images, None, weights, notes)
+    return Inputs(strategy, images, None, None, follow(settings, None, None))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ class Bomb:
 def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {}, "args": Bomb()}, "bomb.pth")
-    with pytest.raises(ValueError, match="not a PyTorch checkpoint"):
+    with pytest.raises(ValueError, match=r"^bomb.pth: holds an object of posix.system, and loading it would run code"):
         checkpoint.load("bomb.pth")
     assert not (tmp_path / "exploded").exists()
 

@@ -210,7 +210,7 @@ class Run:
             return
         model.load_state_dict(checkpoint.model_state(self.content))
         with cli.exit_on_user_error():
-            resume.load_optimizer(optimizer, self.content["optimizer"])
+            resume.load_optimizer(optimizer, self.content["optimizer"], self.content["path"])
         if self.content.get("scaler"):
             scaler.load_state_dict(self.content["scaler"])
         self.start_step = resume.steps_into_epoch(self.content, steps_per_epoch)
