@@ -204,12 +204,12 @@ def evaluator(job: Run, inputs: Inputs, model: VisionTransformer) -> Callable[..
 
     rounds = job.agreement.maximum(len(batches))[0]
 
-    def evaluate(epoch: int | None = None, averages: Averages | None = None) -> dict[str, float]:
+    def evaluate_now(epoch: int | None = None, averages: Averages | None = None) -> dict[str, float]:
         shown = batches if epoch is None else job.checked(batches, rounds, epoch, averages)
         result = evaluate(model, shown, prepare, job.device, job.amp)
         return result | {"bad_images": images.bad.collect(job.device)}
 
-    return evaluate
+    return evaluate_now
 
 
 def statistics(settings: SupervisedSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -12,15 +12,16 @@ from timm.models.vision_transformer import VisionTransformer
 
 import engine_finetune
 import models_vit
-from util import cli, optim
+from util import cli, optim, terminal
 from util.config import FinetuneSettings
 from util.data import transforms
 from util.training import run
-from util.training.inputs import Inputs, open_inputs
+from util.training.inputs import Inputs, find_start, open_inputs
 
 
 def main(argv: list[str] | None = None) -> None:
     """Fine-tune as the command line says."""
+    terminal.protect()
     settings = cli.parse(FinetuneSettings, argv)
     multiple = 2 if settings.mixes else 1
 
@@ -30,8 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_on_user_error():
         inputs = open_inputs(settings, build, multiple)
         make_transform(settings, (32, 32))
-    with run.Run.start(settings, inputs.resumed) as job:
-        inputs.resumed = None  # the run holds it, until it has restored from it
+    with run.Run.start(settings, lambda: find_start(settings, inputs, build, multiple)) as job:
         train(job, inputs, build)
 
 

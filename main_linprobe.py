@@ -10,15 +10,16 @@ from timm.models.vision_transformer import VisionTransformer
 
 import engine_finetune
 import models_vit
-from util import cli, optim
+from util import cli, optim, terminal
 from util.config import LinprobeSettings
 from util.data import transforms
 from util.training import run
-from util.training.inputs import Inputs, open_inputs
+from util.training.inputs import Inputs, find_start, open_inputs
 
 
 def main(argv: list[str] | None = None) -> None:
     """Probe as the command line says."""
+    terminal.protect()
     settings = cli.parse(LinprobeSettings, argv)
 
     def build(num_classes: int, with_head: bool = True) -> VisionTransformer:
@@ -29,8 +30,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with cli.exit_on_user_error():
         inputs = open_inputs(settings, build, multiple=2)  # BatchNorm needs two images
-    with run.Run.start(settings, inputs.resumed) as job:
-        inputs.resumed = None  # the run holds it, until it has restored from it
+    with run.Run.start(settings, lambda: find_start(settings, inputs, build, 2)) as job:
         train(job, inputs, build)
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -11,12 +11,12 @@ import engine_pretrain
 import masking
 from evaluation import monitor
 from methods import base
-from util import cli, optim, precision, seeding
+from util import cli, optim, precision, seeding, terminal
 from util.config import PretrainSettings
 from util.data import datasets, transforms
 from util.data.step_loader import MicroBatch
 from util.distributed import world
-from util.training import checkpoint, resume, run
+from util.training import checkpoint, resume, run, strategy_state
 from util.training.following import follow
 from util.training.step import GradientStep
 
@@ -27,18 +27,17 @@ class Inputs:
 
     strategy: masking.base.Strategy
     images: datasets.ImageSet
-    resumed: dict | None  # checkpoint to continue
-    weights: dict | None  # state dict to start from
-    notes: list[str]  # for the log
+    weights: dict | None = None  # state dict to start from
+    notes: list[str] = field(default_factory=list)  # for the log
 
 
 def main(argv: list[str] | None = None) -> None:
     """Pre-train as the command line says."""
+    terminal.protect()
     settings = cli.parse(PretrainSettings, argv)
     with cli.exit_on_user_error():
         inputs = check(settings)
-    with run.Run.start(settings, inputs.resumed) as job:
-        inputs.resumed = None  # the run holds it, until it has restored from it
+    with run.Run.start(settings, lambda: find_start(settings, inputs)) as job:
         train(job, inputs)
 
 
@@ -60,7 +59,7 @@ def train(job: run.Run, inputs: Inputs) -> None:
     model = world.wrap(bare, job.device, plan.accumulates)
     optimizer = optim.pretrain_adamw(bare, settings.weight_decay, job.device)
     scaler = precision.grad_scaler(job.amp, job.device)
-    job.restore(bare, optimizer, scaler, len(loader))
+    job.restore(bare, optimizer, scaler, len(loader), inputs.strategy)
 
     nominal_tokens = plan.batch_size * plan.accum_iter * bare.num_patches * settings.mask_ratio
     update = GradientStep(model, optimizer, scaler, nominal_tokens, settings.clip_grad)
@@ -104,27 +103,37 @@ def make_prepare(
 
 
 def check(settings: PretrainSettings) -> Inputs:
-    """Open what the settings name. ValueError for anything that cannot work, before anything expensive."""
+    """Open what the settings name, but for checkpoints. ValueError for anything that cannot work."""
     with torch.device("meta"):
         model = base.build_model(settings)
     strategy = base.create_strategy(settings)
-    masking.check(strategy, model.num_patches, model.cls_token.shape[-1])
+    with strategy_state.unchanged(strategy):
+        masking.check(strategy, model.num_patches, model.cls_token.shape[-1])
     base.channel_statistics(settings)
     images = datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans, settings.loader)
-    plan = run.step_plan(settings, len(images))
-    run.check_output_dir(settings)
+    run.step_plan(settings, len(images))
+    return Inputs(strategy, images)
+
+
+def find_start(settings: PretrainSettings, inputs: Inputs) -> dict | None:
+    """Return the checkpoint to continue, or None, with `inputs.weights` if there are some to start from.
+
+    Raises:
+        ValueError: what there is does not fit.
+    """
+    with torch.device("meta"):
+        model = base.build_model(settings)
     own = checkpoint.find_own(settings.output_dir)
     if own is not None or settings.resume:
         path, content = own or (settings.resume, checkpoint.load(settings.resume))
-        notes = follow(settings, content, path)
-        return Inputs(strategy, images, resume.check(path, content, model, plan), None, notes)
-    if settings.finetune:
-        content = checkpoint.load(settings.finetune)
-        notes = follow(settings, content, settings.finetune)
-        weights = checkpoint.model_state(content, settings.finetune)
-        checkpoint.check_state(settings.finetune, model, weights)
-        return Inputs(strategy, images, None, weights, notes)
-    return Inputs(strategy, images, None, None, follow(settings, None, None))
+        inputs.notes = follow(settings, content, path)
+        return resume.check(path, content, model, run.step_plan(settings, len(inputs.images)), inputs.images)
+    content = checkpoint.load(settings.finetune) if settings.finetune else None
+    inputs.notes = follow(settings, content, settings.finetune)
+    if content is not None:
+        inputs.weights = checkpoint.model_state(content, settings.finetune)
+        checkpoint.check_state(settings.finetune, model, inputs.weights)
+    return None
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ class Settings:
         self._check_minimum(0, "save_every_minutes", "max_skipped_steps")
         self._check_minimum(0, "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "num_workers", "seed")
         self._check_unit("hflip", "max_bad_images")
+        if not self.output_dir.strip():
+            raise ValueError("--output_dir '': every run saves a checkpoint; name its folder, such as ./output_dir")
         for name in ("input_size", "patch_size"):
             if len(getattr(self, name)) > 2 or any(side < 1 for side in getattr(self, name)):
                 raise ValueError(f"--{name} {getattr(self, name)}: give one side or height and width, in pixels")

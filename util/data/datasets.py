@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util import seeding
-from util.data import decode, libraries, sources, tar_shards
+from util.data import decode, libraries, names, sources, tar_shards
 from util.data.bad_images import BadImages
 from util.suggest import check_known
 
@@ -42,6 +43,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    @functools.cached_property
+    def digest(self) -> str | None:
+        """A hash of the ordered names of the images, as far as the source knows them."""
+        return names.digest(self.source)
 
     def relabelled(self, classes: tuple[str, ...]) -> ImageSet:
         """The same pictures, their classes numbered as in `classes`."""

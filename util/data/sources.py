@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -40,6 +40,13 @@ class Strings(Sequence):
         index = range(len(self))[index]
         first = self._ends[index - 1] if index else 0
         return self._data[first : self._ends[index]].tobytes().decode("utf-8", "surrogateescape")
+
+    def encoded(self) -> Iterator[memoryview]:
+        """Iterate over the strings' bytes, faster than over the strings."""
+        data, first = memoryview(self._data), 0
+        for end in self._ends.tolist():
+            yield data[first:end]
+            first = end
 
 
 class Files:

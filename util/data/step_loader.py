@@ -157,6 +157,12 @@ class StepLoader:
             last, global_step = places is all_places[-1], epoch * len(self) + step
             yield MicroBatch(next(batches), last, global_step, places, size, indices)
 
+    def close(self) -> None:
+        """End the workers, and give back their memory and file descriptors; there are no more batches."""
+        iterator, self._loader._iterator = self._loader._iterator, None
+        if iterator is not None:
+            iterator._shutdown_workers()
+
     def awaited(self, most: int = 4) -> str:
         """Which worker the process waits for, and which pictures it was asked for; workers take turns."""
         number, indices = self._awaited

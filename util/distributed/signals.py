@@ -6,14 +6,17 @@ import atexit
 import contextlib
 import functools
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import torch
 
+from util import terminal
 from util.distributed import world
 
 # Exit status of a run that was asked to stop and has written a checkpoint: the same command continues (EX_TEMPFAIL).
@@ -72,6 +75,8 @@ class Signals:
             finally:
                 if self._before:
                     signal.setitimer(signal.ITIMER_REAL, 0)
+                    # PyTorch would raise for a lost worker in the middle of a step; the next waiting finds it as well.
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
@@ -116,9 +121,17 @@ class WorkerSignals:
 
     def __call__(self, worker: int) -> None:
         """`worker_init_fn` of a `DataLoader`."""
+        terminal.protect()  # a worker that was not forked has streams of its own
+        multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if self._ending else None)
+
+
+def _end_worker(error: Exception, batch) -> NoReturn:
+    """End a worker that cannot hand a batch over: its process would wait for ever, but notices that it is gone."""
+    print(f"a loader worker cannot hand over its images ({error})", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from util.data.bad_images import BadImages
 from util.data.step_loader import MicroBatch, StepLoader
 from util.distributed import world
 from util.distributed.signals import Interrupted, Signals
+from util.training import loading
 from util.training.averages import Averages
 from util.training.log import RunLog
 from util.training.step import GradientStep, StepOutcome
@@ -32,8 +33,8 @@ class EpochLoop:
         optimizer: gets its learning rate here.
         learning_rate: of the fractional epoch.
         device: where the averages live.
-        before_step: (epoch, step, averages of the epoch so far, whether a signal ended the waiting for data); may save,
-            and may leave.
+        before_step: (epoch, step, averages of the epoch so far, whether a signal ended the waiting for data, why no
+            data came, or nothing); may save, and may leave.
         save_now: (epoch, step, averages of the epoch so far), and wait until it is on disk.
         signals: end the waiting for data.
         seed: the random state of a step is a function of (seed, step, rank).
@@ -51,7 +52,7 @@ class EpochLoop:
     optimizer: torch.optim.Optimizer
     learning_rate: Callable[[float], float]
     device: torch.device
-    before_step: Callable[[int, int, Callable[[], Averages], bool], None]
+    before_step: Callable[[int, int, Callable[[], Averages], bool, str], None]
     save_now: Callable[[int, int, Averages], None]
     signals: Signals
     seed: int = 0
@@ -74,8 +75,8 @@ class EpochLoop:
         start, self.start_step, self.start_averages, reported = self.start_step, 0, {}, False
         steps, num_steps = self.loader.steps(epoch, start), len(self.loader)
         for step in range(start, num_steps):
-            micro_batches, interrupted = self._fetch(steps, data_wait)
-            self.before_step(epoch, step, functools.partial(Averages.merged, total, window), interrupted)
+            micro_batches, interrupted, lost = self._fetch(steps, data_wait)
+            self.before_step(epoch, step, functools.partial(Averages.merged, total, window), interrupted, lost)
             seeding.seed_step(self.seed, epoch * num_steps + step, world.rank())
             lr = self.learning_rate(epoch + step / num_steps)
             lr_sched.set_learning_rate(self.optimizer, lr)
@@ -97,13 +98,16 @@ class EpochLoop:
         self.averages = total
         return _read(total, num_steps) | self._bad_images()
 
-    def _fetch(self, steps, data_wait: DataWait) -> tuple[list[MicroBatch], bool]:
-        """All micro-batches of the next step, and whether a signal ended the waiting for them."""
+    def _fetch(self, steps, data_wait: DataWait) -> tuple[list[MicroBatch], bool, str]:
+        """Return all micro-batches of the next step; whether a signal ended the waiting for them; why they are lost."""
         try:
             with self.signals.waiting_for(self.loader.awaited, self.data_timeout_s):
-                return list(data_wait.timed(next(steps)[1])), False
+                return list(data_wait.timed(next(steps)[1])), False, ""
         except Interrupted:
-            return [], True
+            return [], True, ""
+        except loading.ERRORS as error:
+            self.loader.close()  # memory and file descriptors for the checkpoint
+            return [], False, loading.describe(error)
 
     def _count(self, window: Averages, lr: float, outcome: StepOutcome) -> None:
         window.add("lr", lr)

@@ -24,15 +24,15 @@ class Inputs:
     train: ImageSet | None  # None with --eval
     val: ImageSet
     num_classes: int
-    resumed: dict | None  # checkpoint to continue
-    weights: dict[str, torch.Tensor] | None  # part of a checkpoint to start from; with --eval all of it
+    weights: dict[str, torch.Tensor] | None = None  # part of a checkpoint to start from; with --eval all of it
     notes: list[str] = field(default_factory=list)  # for the log
 
 
-def open_inputs(
-    settings: SupervisedSettings, build: Callable[[int, bool], VisionTransformer], multiple: int = 1
-) -> Inputs:
-    """Open what the settings name.
+Build = Callable[[int, bool], VisionTransformer]
+
+
+def open_inputs(settings: SupervisedSettings, build: Build, multiple: int = 1) -> Inputs:
+    """Open what the settings name; of checkpoints only the one that `--eval` evaluates.
 
     Args:
         settings: of the task.
@@ -43,8 +43,8 @@ def open_inputs(
         ValueError: for anything that cannot work, before anything expensive.
     """
     transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
-    start, content = _start(settings)
-    notes = follow(settings, content, start)
+    start, content = _start(settings) if settings.eval else (None, {})
+    notes = follow(settings, content, start) if settings.eval else []
     train = None if settings.eval else _open(settings, "train")
     val = _open(settings, "val")
     classes = train.classes if train is not None else tuple(content.get("classes", ())) or val.classes
@@ -53,20 +53,36 @@ def open_inputs(
         raise ValueError(f"--nb_classes {settings.nb_classes}: the pictures have {len(classes)} classes")
     num_classes = settings.nb_classes or len(classes)
     with torch.device("meta"):
-        bare, model = build(num_classes, False), build(num_classes, True)
+        model = build(num_classes, True)
     if train is not None:
-        plan = run.step_plan(settings, len(train), multiple)
-        run.check_output_dir(settings)
+        run.step_plan(settings, len(train), multiple)
+        return Inputs(train, val, num_classes)
+    state = checkpoint.model_state(content, start)
+    _check_classifier(start, state)
+    checkpoint.check_state(start, model, state)
+    return Inputs(train, val, num_classes, state, notes)
+
+
+def find_start(settings: SupervisedSettings, inputs: Inputs, build: Build, multiple: int = 1) -> dict | None:
+    """Return the checkpoint to continue, or None, with `inputs.weights` if there are some to start from.
+
+    Raises:
+        ValueError: what there is does not fit.
+    """
+    if inputs.train is None:
+        return None
+    start, content = _start(settings)
     if content is None:
-        return Inputs(train, val, num_classes, None, None, notes)
-    if settings.eval:
-        state = checkpoint.model_state(content, start)
-        _check_classifier(start, state)
-        checkpoint.check_state(start, model, state)
-        return Inputs(train, val, num_classes, None, state, notes)
+        inputs.notes = follow(settings, None, None)
+        return None
+    inputs.notes = follow(settings, content, start)
+    with torch.device("meta"):
+        bare, model = build(inputs.num_classes, False), build(inputs.num_classes, True)
     if start == settings.finetune and not settings.resume:
-        return Inputs(train, val, num_classes, None, _fit(start, content, bare), notes)
-    return Inputs(train, val, num_classes, resume.check(start, content, model, plan), None, notes)
+        inputs.weights = _fit(start, content, bare)
+        return None
+    plan = run.step_plan(settings, len(inputs.train), multiple)
+    return resume.check(start, content, model, plan, inputs.train)
 
 
 def _start(settings: SupervisedSettings) -> tuple[str | Path | None, dict | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -38,9 +37,8 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line on the terminal."""
         if world.is_main():
-            with contextlib.suppress(OSError):  # a full disk, where it goes to a file
-                tqdm.write(text, file=sys.stdout)
-                sys.stdout.flush()
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def say_once(self, text: str) -> None:
         """A line on the terminal, unless one that begins like it was there before."""

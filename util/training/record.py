@@ -19,9 +19,8 @@ RETRY_S = 60.0
 
 
 def warn(text: str) -> None:
-    """A line on stderr, if that can be written: it may go to the disk that is full."""
-    with contextlib.suppress(OSError):
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+    """Print a warning."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class Lines:
@@ -35,7 +34,7 @@ class Lines:
     def __init__(self, path: Path, keep: Callable[[str], bool]):
         self._path, self._waiting, self._good_size = path, "", None
         if path.is_file():
-            kept = [line for line in path.read_text().splitlines() if keep(line)]
+            kept = [line for line in path.read_text("utf-8", "replace").splitlines() if keep(line)]
             write_whole(path, "".join(line + "\n" for line in kept))
 
     def add(self, line: str) -> None:

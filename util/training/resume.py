@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections import defaultdict
-from numbers import Real
+import itertools
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import nn
 
 from util.config import Settings
+from util.data.datasets import ImageSet
 from util.data.step_loader import StepPlan
-from util.distributed import world
-from util.distributed.agreement import Agreement
-from util.kinds import check_kinds
-from util.training import checkpoint
+from util.training import checkpoint, training_state
 
 # Settings that may differ when a run continues, and leave its result as it is.
 _RESULT_STAYS = {"batch_size", "accum_iter", "effective_batch_size", "device", "compile", "grad_checkpointing"}
@@ -26,176 +19,65 @@ _RESULT_STAYS |= {"save_every_epochs", "save_every_minutes", "keep_last", "resum
 _RESULT_STAYS |= {"max_bad_images", "eval_every", "vis_every", "dist_eval"}
 
 
-# What a checkpoint may tell of its run, besides the tensors.
-_KINDS = {
-    "epoch": int,
-    "step": int,
-    "steps_per_epoch": int,
-    "num_images": int,
-    "effective_batch_size": int,
-    "best_acc1": float,
-    "classes": list[str],
-    "grid": list[int],
-    "averages": dict[str, dict[str, list[Real]]],
-    "scaler": dict[str, float],
-    "optimizer": dict,
-}
-_ADVICE = "start from its weights with --finetune and another --output_dir"
-_SCALER = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan, images: ImageSet) -> dict:
+    """Return `content` of the checkpoint to continue, with its `path`, and `notes` that the run must say.
 
-
-def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan) -> dict:
-    """Return `content` of the checkpoint to continue, if it fits `model` (the meta device will do) and `plan`.
-
-    The optimizer's state is compared with the parameters where it is loaded (`load_optimizer`).
+    Args:
+        path: of the checkpoint.
+        content: of it.
+        model: of this run; the meta device will do.
+        plan: of this run's steps.
+        images: to train on.
 
     Raises:
-        ValueError: another architecture or effective batch size, no optimizer, a value of the wrong kind, or stopped
-            within an epoch of another number of pictures.
+        ValueError: it is of another architecture, without an optimizer, of another effective batch size, of other
+            classes, or stopped within an epoch of other images.
     """
     checkpoint.check_state(path, model, checkpoint.model_state(content, path))
-    check_kinds(path, content, _KINDS)
-    optimizer = content.get("optimizer") or {}
-    if not optimizer.get("param_groups") or content.get("epoch") is None:
-        raise ValueError(
-            f"{path}: holds weights but no training state; start from it with --finetune instead of --resume"
-        )
-    _check_progress(path, content)
-    begun = content["epoch"] >= 0 or content.get("step", 0)
-    if begun and not optimizer.get("state"):
-        raise ValueError(f"{path}: its optimizer's state is empty; start from its weights with --finetune {path}")
+    training_state.check(path, content)
     before, now = content.get("effective_batch_size"), plan.effective_batch_size
     if before is not None and before != now:
         raise ValueError(
             f"{path}: its run had an effective batch of {before} images, this one has {now}; "
             f"continue it with --effective_batch_size {before}, or start a new --output_dir"
         )
-    before = content.get("num_images", plan.num_samples)
-    if before != plan.num_samples and steps_into_epoch(content, plan.steps_per_epoch):
+    _check_classes(path, content, images.classes)
+    change = _changed_images(content, images)
+    if change and steps_into_epoch(content, plan.steps_per_epoch):
         raise ValueError(
-            f"{path}: it was written within an epoch of {before} pictures, and --data_path has {plan.num_samples}; "
-            f"continue with the pictures it had, or start a new --output_dir with --finetune {path}"
+            f"{path}: it was written within an epoch of {change}; "
+            f"continue with the images it had, or start a new --output_dir with --finetune {path}"
         )
-    return content | {"path": str(path)}
+    return content | {"path": str(path), "notes": [f"the checkpoint is of {change}"] if change else []}
 
 
-def _check_progress(path: str | Path, content: dict) -> None:
-    """Raise a ValueError for numbers that no run writes."""
-    lowest = {"epoch": -1, "step": 0, "steps_per_epoch": 1, "num_images": 1, "effective_batch_size": 1}
-    for name, minimum in lowest.items():
-        if content.get(name, minimum) < minimum:
-            raise ValueError(f"{path}: its {name} is {content[name]}, and must be at least {minimum}")
-    steps = content.get("steps_per_epoch")
-    if steps is not None and content.get("step", 0) > (content["epoch"] + 2) * steps:
-        raise ValueError(
-            f"{path}: its step is {content['step']}, which does not lie in the epoch after epoch {content['epoch']} "
-            f"of {steps} steps each"
-        )
-    averages = content.get("averages") or {}
-    if any(len(pair) != 2 for values in averages.values() for pair in values.values()):
-        raise ValueError(f"{path}: its averages must be pairs of numbers")
-    scaler = content.get("scaler") or {}
-    if scaler and not (scaler.keys() >= _SCALER and scaler["scale"] > 0):
-        raise ValueError(f"{path}: its scaler is not the state of a GradScaler: {', '.join(sorted(_SCALER))}")
+def _check_classes(path: str | Path, content: dict, classes: tuple[str, ...]) -> None:
+    """ValueError if the classes have changed: the head's outputs would mean others."""
+    before = tuple(content.get("classes") or ())
+    if not before or before == classes:
+        return
+    old, new = next(((a, b) for a, b in itertools.zip_longest(before, classes) if a != b))
+    raise ValueError(
+        f"{path}: it was trained on {len(before)} classes and --data_path has {len(classes)}, of which the first that "
+        f"differs was {old!r} and is {new!r}; give the folders their old names, or start a new --output_dir with "
+        f"--finetune {path}"
+    )
+
+
+def _changed_images(content: dict, images: ImageSet) -> str:
+    """Return how the images of a checkpoint differ from `images`; empty if nothing is known to."""
+    before, names = content.get("num_images", len(images)), content.get("names_digest")
+    if before != len(images):
+        return f"{before} images, and --data_path has {len(images)}"
+    if names and images.digest and names != images.digest:
+        return f"{before} images, and the {len(images)} of --data_path have other names"
+    return ""
 
 
 def steps_into_epoch(content: dict, steps_per_epoch: int) -> int:
     """How many steps of the epoch after `epoch` a checkpoint has done."""
     done = content["epoch"] + 1
     return max(0, content.get("step", 0) - done * content.get("steps_per_epoch", steps_per_epoch))
-
-
-def check_same_start(settings: Settings, content: dict | None, agreement: Agreement) -> None:
-    """End all processes if they did not find the same checkpoint: they would train on, each from another step."""
-    step = content.get("step", 0) if content is not None else -1
-    last, first = agreement.maximum(step, -step)
-    if last != -first:
-        if world.is_main():
-            print(
-                f"error: --output_dir {settings.output_dir}: the processes found different checkpoints there, of step "
-                f"{max(-first, 0)} and of step {last}; name a folder that all machines share",
-                file=sys.stderr,
-                flush=True,
-            )
-        agreement.maximum(0)  # the first process to leave makes the launcher end the others
-        raise SystemExit(2)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path = "the checkpoint") -> None:
-    """Continue with `state`: its tensors. The options are this command's own.
-
-    Args:
-        optimizer: a new one, over the parameters that are trained.
-        state: what its predecessor's `state_dict` returned.
-        path: names the checkpoint in errors.
-
-    Raises:
-        ValueError: not a state of such an optimizer over such parameters. torch compares nothing, and its fused kernels
-            would write past the end of a tensor that is too small.
-    """
-    check_kinds(path, state, {"param_groups": list[dict], "state": dict})
-    numbers, found = _numbers(path, optimizer, state["param_groups"]), state.get("state")
-    own = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    groups = [options | {"params": group["params"]} for options, group in zip(own, state["param_groups"], strict=True)]
-    copies = {}
-    if found:  # there is nothing before the first step
-        expected = _state_of_a_step(optimizer)
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for number, parameter in zip(numbers, parameters, strict=True):
-            difference = _describe_state(found.get(number), expected, parameter)
-            if difference:
-                raise ValueError(f"{path}: its optimizer's {difference} (parameter {number}); {_ADVICE}")
-            copies[number] = {name: _like(tensor, parameter) for name, tensor in found[number].items()}
-    optimizer.load_state_dict({"state": copies, "param_groups": groups})
-
-
-def _numbers(path: str | Path, optimizer: torch.optim.Optimizer, groups: list[dict]) -> list[int]:
-    """Return the numbers that a file's groups give to the parameters. ValueError: they are not `optimizer`'s groups."""
-    for group in groups:
-        check_kinds(path, group, {"params": list[int]})
-    numbers = [number for group in groups for number in group.get("params") or ()]
-    theirs = [len(group.get("params") or ()) for group in groups]
-    ours = [len(group["params"]) for group in optimizer.param_groups]
-    if theirs != ours or len(set(numbers)) < len(numbers):
-        raise ValueError(
-            f"{path}: its optimizer has {sum(theirs)} parameters in {len(theirs)} groups, this one has {sum(ours)} in "
-            f"{len(ours)}, or has others in each; {_ADVICE}"
-        )
-    return numbers
-
-
-def _like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Copy `tensor` to memory of its own, laid out as its parameter's: in a file, tensors may share memory."""
-    return torch.empty_like(parameter).copy_(tensor) if tensor.ndim else tensor.clone()
-
-
-def _state_of_a_step(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return what `optimizer` remembers of a parameter of one number, by name: found by a step on a blank one."""
-    like = optimizer.param_groups[0]["params"][0]
-    blank = nn.Parameter(torch.zeros(1, dtype=like.dtype, device=like.device))
-    blank.grad = torch.zeros_like(blank)
-    trial = copy.copy(optimizer)
-    trial.state, trial.param_groups = defaultdict(dict), [optimizer.param_groups[0] | {"params": [blank]}]
-    trial.step()
-    return trial.state[blank]
-
-
-def _describe_state(found: Any, expected: dict[str, torch.Tensor], parameter: torch.Tensor) -> str:
-    """Say how a parameter's state differs from what it must be; empty if it does not."""
-    if not isinstance(found, dict) or found.keys() != expected.keys():
-        names = ", ".join(map(str, found)) if isinstance(found, dict) else ""
-        return f"state holds {names or 'nothing'} and not {', '.join(expected)}"
-    for name, tensor in found.items():
-        shape = parameter.shape if expected[name].ndim else torch.Size()
-        wanted = f"{tuple(shape)}, {expected[name].dtype} and dense"
-        if not isinstance(tensor, torch.Tensor):
-            return f"{name} is a {type(tensor).__name__}, and must be {wanted}"
-        plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
-        if not plain or tensor.shape != shape or tensor.dtype != expected[name].dtype:
-            return f"{name} is {tuple(tensor.shape)}, {tensor.dtype}, and must be {wanted}"
-        if not tensor.isfinite().all() or (not tensor.ndim and tensor < 0):
-            return f"{name} is not finite"
-    return ""
 
 
 def changed_settings(content: dict, settings: Settings) -> list[str]:

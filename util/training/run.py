@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,28 +21,11 @@ from util.data.step_loader import StepLoader, StepPlan
 from util.distributed import world
 from util.distributed.agreement import Agreement
 from util.distributed.signals import Interrupted, Preempted, Signals
-from util.training import checkpoint, lock, provenance, resume
+from util.training import checkpoint, loading, provenance, resume, start, strategy_state, training_state
 from util.training.averages import Averages
 from util.training.epoch import EpochLoop
 from util.training.log import RunLog
-from util.training.saver import Saver
-
-
-def check_output_dir(settings: Settings) -> None:
-    """Create `--output_dir` and `--log_dir`; ValueError if nothing can be written there. Many workers only warn."""
-    for flag in ("output_dir", "log_dir"):
-        folder = getattr(settings, flag)
-        if folder is None:
-            continue
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(bytes(2**20))  # a full disk lets files begin
-        except OSError as error:
-            raise ValueError(f"--{flag} {folder}: cannot be written ({error.strerror})") from error
-    cores = os.cpu_count() or 1
-    if settings.num_workers > cores:
-        warnings.warn(f"--num_workers {settings.num_workers}: this machine has {cores} cores", stacklevel=2)
+from util.training.saver import Saver, first_not_finite
 
 
 def step_plan(settings: Settings, num_images: int, multiple: int = 1) -> StepPlan:
@@ -72,6 +52,8 @@ class Run:
         best: best accuracy on the validation images so far, where there is one.
         classes: names of the classes, where there are some.
         bad: the training pictures that cannot be decoded, once there is a loop.
+        names_digest: a hash of the names of the training images, once there is a loop.
+        strategy: the masking, where there is one.
     """
 
     settings: Settings
@@ -90,6 +72,8 @@ class Run:
     best: float = field(init=False, default=0.0)
     classes: tuple[str, ...] = field(init=False, default=())
     bad: BadImages = field(init=False)
+    names_digest: str | None = field(init=False, default=None)
+    strategy: Callable | None = field(init=False, default=None)
 
     def __post_init__(self):
         settings = self.settings
@@ -100,40 +84,62 @@ class Run:
             self.start_epoch = self.content["epoch"] + 1
             self.best = self.content.get("best_acc1", 0.0)
         folder, done = Path(settings.output_dir), self.content.get("step", 0) if self.content is not None else 0
-        self.log = RunLog(folder, Path(settings.log_dir or folder), self.start_epoch, done)
-        if world.is_main():
-            self.saver = Saver(folder, settings.save_every_minutes, settings.keep_last)
+        try:
+            self.log = RunLog(folder, Path(settings.log_dir or folder), self.start_epoch, done)
+            if not world.is_main():
+                return
             resolved = self._resolved()
             description = provenance.describe(settings.as_dict(), resolved)
-            provenance.write_config(Path(settings.output_dir) / "config.yaml", description)
-            self.log.say(f"revision {description['revision']}  {description['versions']}")
-            self.log.say("  ".join(f"{name} {value}" for name, value in resolved.items()))
+            provenance.write_config(folder / "config.yaml", description)
+        except OSError as error:
+            raise ValueError(
+                f"--output_dir {folder}: {Path(error.filename or folder).name} in it cannot be read or written "
+                f"({error.strerror}); remove it, or name another folder"
+            ) from error
+        self.saver = Saver(folder, settings.save_every_minutes, settings.keep_last)
+        self.log.say(f"revision {description['revision']}  {description['versions']}")
+        self.log.say("  ".join(f"{name} {value}" for name, value in resolved.items()))
 
     @staticmethod
-    def start(settings: Settings, content: dict | None = None) -> Run:
-        """Lock the folder, join the other processes, choose the device, seed, write config.yaml."""
+    def start(settings: Settings, find_start: Callable[[], dict | None]) -> Run:
+        """Lock the folder, join the other processes, find what to continue from, write config.yaml.
+
+        Args:
+            settings: what was asked for.
+            find_start: returns the checkpoint to continue, or None; called once nobody else writes to the folder.
+                ValueError: the run cannot start from what there is.
+        """
         locked = None
-        if not getattr(settings, "eval", False) and os.environ.get("RANK", "0") == "0":
+        if not getattr(settings, "eval", False):
             with cli.exit_on_user_error():
-                locked = lock.hold(Path(settings.output_dir))
+                locked = start.take_folder(settings)
         device = world.init(settings.device, settings.dist_timeout)
         seeding.seed_all(seeding.derive(settings.seed, seeding.MODEL))
         if device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what is neither autocast nor salience
         amp, agreement = precision.resolve_amp(settings.amp, device), Agreement(settings.dist_timeout)
-        resume.check_same_start(settings, content, agreement)
-        return Run(settings, device, amp, content, agreement, Signals(), locked)
+        try:
+            content = start.together(agreement, find_start)
+            start.check_same(settings, content, agreement)
+            new = lambda: Run(settings, device, amp, content, agreement, Signals(), locked)  # noqa: E731
+            return start.together(agreement, new)
+        except RuntimeError as error:
+            agreement.explain(error)
+            raise
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, kind, error, traceback) -> None:
-        """Give the signals back; say which process is missing if that is why this one ends."""
+        """Give the signals back; say which process or which batch is missing if that is why this one ends."""
         self.signals.restore()
         if self.locked is not None:
             self.locked.close()
         if isinstance(error, RuntimeError):
             self.agreement.explain(error)
+        if loading.is_lost_batch(error):
+            print(f"error: {loading.describe(error)}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
 
     def _resolved(self) -> dict:
         world_size = world.world_size()
@@ -180,7 +186,7 @@ class Run:
         self, loader: StepLoader, optimizer: torch.optim.Optimizer, shown: tuple[str, ...] = ("grad_norm",)
     ) -> EpochLoop:
         """The epoch loop over `loader` with this run's schedule, seed, log and checkpoints."""
-        settings, self.bad = self.settings, loader.dataset.bad
+        settings, self.bad, self.names_digest = self.settings, loader.dataset.bad, loader.dataset.images.digest
         return EpochLoop(
             loader,
             optimizer,
@@ -201,22 +207,38 @@ class Run:
         )
 
     def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, steps_per_epoch: int
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        steps_per_epoch: int,
+        strategy: Callable | None = None,
     ) -> None:
-        """Train `model`, the bare one, with these; from the checkpoint this run continues from, if any."""
-        self.model, self.optimizer, self.scaler = model, optimizer, scaler
+        """Train `model`, the bare one, with these; from the checkpoint this run continues from, if any.
+
+        `strategy` is the masking, whose state is saved and restored if it has one.
+        """
+        self.model, self.optimizer, self.scaler, self.strategy = model, optimizer, scaler, strategy
         self.steps_per_epoch = steps_per_epoch
-        if self.content is None:
-            return
-        model.load_state_dict(checkpoint.model_state(self.content))
+        if self.content is not None:
+            model.load_state_dict(checkpoint.model_state(self.content))
         with cli.exit_on_user_error():
-            resume.load_optimizer(optimizer, self.content["optimizer"], self.content["path"])
+            bad = first_not_finite(model.state_dict())
+            if bad:
+                source = self.content["path"] if self.content is not None else f"--finetune {self.settings.finetune}"
+                raise ValueError(f"{source}: {bad} is not finite; start from another checkpoint")
+            if self.content is None:
+                return
+            training_state.load_optimizer(optimizer, self.content["optimizer"], self.content["path"])
+            notes = [strategy_state.restore(strategy, self.content, getattr(self.settings, "masking", None))]
         if self.content.get("scaler"):
             scaler.load_state_dict(self.content["scaler"])
         self.start_step = resume.steps_into_epoch(self.content, steps_per_epoch)
         self.start_averages = self.content.get("averages") or {}
         within = f" and {self.start_step} steps" if self.start_step else ""
         self.log.say(f"continuing {self.content['path']} after epoch {self.content['epoch']}{within}")
+        for note in filter(None, [*self.content["notes"], *notes]):
+            self.log.say(note)
         changed = resume.changed_settings(self.content, self.settings)
         if changed:
             self.log.say(f"settings that were others before: {'; '.join(changed)}")
@@ -244,18 +266,26 @@ class Run:
 
         The run then continues after the last step of `epoch`, whose `averages` these are.
         """
-        iterator = iter(batches)
+        iterator, lost = None, ""
         for number in range(rounds + 1):
-            if self.agreement.maximum(self.signals.received is not None)[0]:
+            stop, gone = self.agreement.maximum(self.signals.received is not None, bool(lost))
+            if stop:
                 self._leave(epoch, self.steps_per_epoch, averages)
+            if gone:
+                self._fail(lost, epoch, self.steps_per_epoch, averages)
             if number == rounds:
                 return
-            awaited = f"batch {number} of {rounds} of the evaluation"
-            with contextlib.suppress(Interrupted):  # the next exchange tells the others
+            awaited, batch = f"batch {number} of {rounds} of the evaluation", None
+            try:
                 with self.signals.waiting_for(lambda awaited=awaited: awaited, self.settings.dist_timeout):
+                    iterator = iter(batches) if iterator is None else iterator
                     batch = next(iterator, None)
-                if batch is not None:
-                    yield batch
+            except Interrupted:
+                pass  # the next exchange tells the others
+            except loading.ERRORS as error:
+                lost = loading.describe(error)
+            if batch is not None:
+                yield batch
 
     def look(self, epoch: int, averages: Averages, find: Callable[[], Any]) -> Any:
         """What `find` finds on the first process after the steps of `epoch`, whose `averages` these are; else None.
@@ -265,18 +295,22 @@ class Run:
         """
         self._save(epoch - 1, (epoch + 1) * self.steps_per_epoch, averages.state())
         found = None
-        with contextlib.suppress(Interrupted), self.signals.ending():
+        with contextlib.suppress(Interrupted), self.signals.ending(), strategy_state.unchanged(self.strategy):
             found = find() if world.is_main() else None
         if self.agreement.maximum(self.signals.received is not None)[0]:
             self._leave(epoch, self.steps_per_epoch)
         return found
 
-    def _before_step(self, epoch: int, step: int, averages: Callable[[], Averages], interrupted: bool) -> None:
+    def _before_step(
+        self, epoch: int, step: int, averages: Callable[[], Averages], interrupted: bool, lost: str
+    ) -> None:
         asked = interrupted or self.signals.received is not None
         due = self.saver is not None and self.saver.due()
-        stop, due, spoiled = self.agreement.maximum(asked, due, self.bad.too_many())
+        stop, due, spoiled, gone = self.agreement.maximum(asked, due, self.bad.too_many(), bool(lost))
         if stop:
             self._leave(epoch, step, averages())
+        if gone:
+            self._fail(lost, epoch, step, averages())
         if spoiled:  # no step is made of the blank pictures that stand for the bad ones
             if step:
                 self.save_now(epoch, step, averages())
@@ -295,10 +329,31 @@ class Run:
         self.finish()
         raise Preempted
 
+    def _fail(self, problem: str, epoch: int, step: int, averages: Averages | None = None) -> NoReturn:
+        """End all processes with status 1; those with a `problem` print it. Save before, if there are `averages`."""
+        if averages is not None:
+            self.save_now(epoch, step, averages)
+        if problem:
+            print(f"error: rank {world.rank()} in epoch {epoch}, step {step}: {problem}", file=sys.stderr, flush=True)
+        self.finish()
+        raise SystemExit(1)
+
     def _save(self, epoch: int, step: int, averages: dict, keep_as: int | None = None) -> None:
-        if self.saver is None:
-            return
-        content = {
+        problem = ""
+        if self.saver is not None:
+            try:
+                self.saver.save(self._content(epoch, step, averages), keep_as)
+            except FloatingPointError as error:
+                problem = (
+                    f"{error}; lower --blr, add --clip_grad 1, or use --amp bf16 or none, and run it again; if the "
+                    "weights have diverged already, --resume an earlier checkpoint in another folder"
+                )
+        if self.agreement.maximum(bool(problem))[0]:
+            self._fail(problem, epoch + 1, step)
+
+    def _content(self, epoch: int, step: int, averages: dict) -> dict:
+        state = strategy_state.read(self.strategy)
+        return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -312,8 +367,8 @@ class Run:
             "effective_batch_size": self.settings.resolved_effective_batch_size(world.world_size()),
             "best_acc1": self.best,
             "classes": list(self.classes),
-        }
-        self.saver.save(content, keep_as)
+            "names_digest": self.names_digest,
+        } | ({} if state is None else {"masking": state})
 
     def finish(self) -> None:
         """Wait for the last checkpoint, close the files and leave the process group."""

@@ -51,7 +51,9 @@ class Saver:
             FloatingPointError: a weight is not finite; what is on disk stays.
         """
         copied = _to_host(content)
-        _check_finite(copied["model"])
+        bad = first_not_finite(copied["model"])
+        if bad:
+            raise FloatingPointError(f"{bad} is not finite; the checkpoint before it stays")
         self.wait()
         self._next = time.monotonic() + self._every_s
         self._pending = self._writer.submit(self._write, copied, keep_as)
@@ -124,7 +126,7 @@ def _to_host(content: Any) -> Any:
     return content
 
 
-def _check_finite(state: dict[str, torch.Tensor]) -> None:
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise FloatingPointError(f"{name} is not finite; the checkpoint before it stays")
+def first_not_finite(state: dict[str, torch.Tensor]) -> str:
+    """Return the name of the first tensor that holds NaN or infinity; empty if none does."""
+    floating = ((name, tensor) for name, tensor in state.items() if tensor.is_floating_point())
+    return next((name for name, tensor in floating if not tensor.isfinite().all()), "")
