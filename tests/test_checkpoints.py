@@ -322,7 +322,7 @@ def test_labels_are_needed_for_probes(tmp_path):
 
 
 def test_the_cache_of_tokens_has_a_limit(monkeypatch):
-    monkeypatch.setattr(checkpoints, "CACHE_GB", 1e-6)
+    monkeypatch.setattr(measure, "CACHE_GB", 1e-6)
     opened = checkpoints.untrained("mae_vit_mini_patch4", dataset="digits", in_chans=1)
     with pytest.raises(ValueError, match="lower --train_images"):
         measure.measure(opened, ("attentive",))
