@@ -200,7 +200,7 @@ def told_grid(content: dict, state: dict[str, torch.Tensor]) -> tuple[int, int] 
     """Rows and columns of patches, if a checkpoint tells them: as `grid`, or by the `input_size` of its settings."""
     grid = tuple(content.get("grid") or ())
     if grid:
-        if len(grid) != 2 or grid[0] * grid[1] != _places(state):
+        if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != _places(state):
             raise ValueError(f"its grid is {list(grid)}, and its position table has {_places(state)} places")
         return grid
     size = checkpoint.arguments(content).get("input_size")

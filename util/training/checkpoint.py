@@ -262,6 +262,6 @@ def _fit_table(table: torch.Tensor, grid: tuple[int, int], old_grid: tuple[int, 
         if side * side != places:
             raise ValueError(f"the checkpoint's position table has {places} places, not a square grid")
         old_grid = (side, side)
-    elif old_grid[0] * old_grid[1] != places:
-        raise ValueError(f"its position table has {places} places, and its grid is {old_grid[0]} x {old_grid[1]}")
+    elif len(old_grid) != 2 or min(old_grid) < 1 or old_grid[0] * old_grid[1] != places:
+        raise ValueError(f"its position table has {places} places, and its grid is {list(old_grid)}")
     return table if tuple(old_grid) == tuple(grid) else resize_pos_embed(table, grid, old_grid)
