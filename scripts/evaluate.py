@@ -13,15 +13,15 @@ import tempfile
 import time
 from pathlib import Path
 
-from evaluation import measure
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from evaluation import checkpoints
+from evaluation import checkpoints, measure
+from methods import base
 from util import cli
 from util.files import write_whole
+from util.training import following
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             num_workers=given.num_workers,
             pool=given.pool,
         )
+    print(f"images are normalised with {following.describe(base.channel_statistics(opened.settings))}")
     for note in filter(None, [opened.assumed, *opened.refused.values()]):
         print(f"note: {note}")
     result = {"checkpoint": given.checkpoint or given.model} | result | {"seconds": time.perf_counter() - start}

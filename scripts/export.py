@@ -12,13 +12,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from exporting import hugging_face
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors import SafetensorError
 
-from exporting import formats
+from exporting import formats, hugging_face
 from util import cli
 
 

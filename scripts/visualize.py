@@ -12,15 +12,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from evaluation import measure
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
 
 import masking
-from evaluation import checkpoints, drawing, figures
+from evaluation import checkpoints, drawing, figures, measure
 from util import cli
 from util.data import datasets, sources, transforms
 

@@ -49,10 +49,10 @@ def _follow_statistics(settings: Settings, told: dict, path: str | Path | None) 
     ours = transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
     if theirs is None:
         source = "given" if given else "the default" if path is None else f"the default; {path} does not tell its own"
-        return [f"images are normalised with {_describe(ours)} ({source})"]
+        return [f"images are normalised with {describe(ours)} ({source})"]
     if theirs == ours:
-        return [f"images are normalised with {_describe(ours)} (as {path} was trained)"]
-    return [f"images are normalised with {_describe(ours)} as given, but {path} was trained with {_describe(theirs)}"]
+        return [f"images are normalised with {describe(ours)} (as {path} was trained)"]
+    return [f"images are normalised with {describe(ours)} as given, but {path} was trained with {describe(theirs)}"]
 
 
 def _follow_crop(settings: Settings, told: float | None, path: str | Path | None) -> list[str]:
@@ -66,6 +66,7 @@ def _follow_crop(settings: Settings, told: float | None, path: str | Path | None
     return [f"images are cropped with --crop_pct {settings.crop_pct} as given, but {path} was evaluated with {before}"]
 
 
-def _describe(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> str:
+def describe(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> str:
+    """Return mean and deviation of each channel as text."""
     mean, std = (" ".join(f"{value:g}" for value in values) for values in statistics)
     return f"mean {mean} and deviation {std}"
