@@ -154,6 +154,8 @@ def evaluator(
     """
     settings = context.settings
     context.log.say(given.val.summary("validation"))
+    for note in given.notes:
+        context.log.say(note)
     transform = transforms.evaluation_transform(model.patch_embed.img_size, settings.crop_pct)
     normalize = transforms.Normalize(*statistics(settings)).to(context.device)
     indices = range(world.rank(), len(given.val), world.world_size())

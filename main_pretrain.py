@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,6 +17,7 @@ from util.distributed import world
 from util.training import checkpoint, resume
 from util.training.context import Context, step_plan
 from util.training.epoch import Job
+from util.training.following import follow
 from util.training.state import TrainingState
 from util.training.step import GradientStep
 
@@ -28,6 +29,7 @@ class Inputs:
     images: datasets.ImageSet
     method: methods.Method  # on the meta device
     weights: dict | None = None  # state dict to start from
+    notes: list[str] = field(default_factory=list)  # for the log
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -44,6 +46,8 @@ def train(context: Context, inputs: Inputs) -> None:
     """Build the method and the optimizer, and train for the epochs that are left."""
     settings = context.settings
     context.log.say(inputs.images.summary("training"))
+    for note in inputs.notes:
+        context.log.say(note)
     method = methods.from_settings(settings)
     if inputs.weights is not None:
         method.model.load_state_dict(inputs.weights)
@@ -94,9 +98,12 @@ def find_start(settings: PretrainSettings, inputs: Inputs) -> dict | None:
     own, model = checkpoint.find_own(settings.output_dir), inputs.method.model
     if own is not None or settings.resume:
         path, content = own or (settings.resume, checkpoint.load(settings.resume))
+        inputs.notes = follow(settings, content, path)
         return resume.check(path, content, model, step_plan(settings, len(inputs.images)), inputs.images)
-    if settings.finetune:
-        inputs.weights = checkpoint.model_state(checkpoint.load(settings.finetune), settings.finetune)
+    content = checkpoint.load(settings.finetune) if settings.finetune else None
+    inputs.notes = follow(settings, content, settings.finetune)
+    if content is not None:
+        inputs.weights = checkpoint.model_state(content, settings.finetune)
         checkpoint.check_state(settings.finetune, model, inputs.weights)
     return None
 

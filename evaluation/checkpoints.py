@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import re
+import typing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +16,7 @@ import models_mae
 from methods import base
 from util.config import PretrainSettings
 from util.data import transforms
+from util.kinds import check_kinds
 from util.training import checkpoint
 
 # Settings that say what a model is, and what its pictures are; the others are of its training.
@@ -33,6 +37,8 @@ class Opened:
         has_decoder: False for an encoder alone, such as a fine-tuned one.
         trained: False for a model without a checkpoint.
         assumed: a sentence on what had to be assumed because the checkpoint does not tell it, or nothing.
+        refused: what the checkpoint names but may not choose, a sentence by setting: code and downloads. `strategy` is
+            then random masking.
     """
 
     model: models_mae.MaskedAutoencoderViT
@@ -42,6 +48,13 @@ class Opened:
     has_decoder: bool = True
     trained: bool = True
     assumed: str = ""
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def require(self, *names: str) -> None:
+        """Raise a ValueError if one of these settings is `refused`."""
+        for name in names:
+            if name in self.refused:
+                raise ValueError(self.refused[name])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -64,7 +77,8 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **chan
     """The model in a checkpoint of pre-training, fine-tuning or probing, or in one that the MAE authors published.
 
     The settings come from the checkpoint; what it does not tell (the name of the architecture, the sizes) is read from
-    its tensors' shapes.
+    its tensors' shapes. Nothing that it names is imported, called or downloaded: a masking strategy of one's own, and a
+    data set of the Hugging Face hub, are used only if `changes` name the same one.
 
     Args:
         path: of the checkpoint.
@@ -77,7 +91,7 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **chan
     check_device(device)
     content = checkpoint.load(path)
     state = encoder_names(checkpoint.model_state(content, path))
-    settings = settings_of(content, state, path, changes)
+    settings, refused = _refuse_code(settings_of(content, state, path, changes), path, changes)
     assumed = "" if changes.get("input_size") else assumed_shape(content, state)
     with torch.device("meta"):
         model = base.build_model(settings)
@@ -90,11 +104,31 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **chan
     difference = checkpoint.describe_difference({name: current[name] for name in needed}, state)
     if difference:
         raise ValueError(f"{path}: not the architecture {settings.model}, name it with --model: {difference}")
+    checkpoint.check_finite(path, {name: state[name] for name in needed})
     model = base.build_model(settings)
     if "norm.weight" not in state:
         model.norm = nn.Identity()
     model.load_state_dict({name: state[name] for name in needed}, strict=False)
-    return _opened(model, settings, device, has_decoder=has_decoder, assumed=assumed)
+    try:
+        return _opened(model, settings, device, has_decoder=has_decoder, assumed=assumed, refused=refused)
+    except ValueError as error:
+        raise ValueError(f"{path}: its settings cannot be used: {error}") from error
+
+
+def _refuse_code(settings: PretrainSettings, path: str | Path, changes: dict) -> tuple[PretrainSettings, dict]:
+    """Return `settings` without what a file may not choose, and what that was: `Opened.refused`."""
+    refused = {}
+    if settings.masking not in masking.available() and "masking" not in changes:
+        refused["masking"] = settings.masking
+        settings = dataclasses.replace(settings, masking="random", masking_args=[])
+    if settings.dataset.startswith("hfds") and "dataset" not in changes:
+        refused["dataset"] = settings.dataset
+        settings = dataclasses.replace(settings, dataset="folder", data_path=changes.get("data_path"))
+    return settings, {
+        name: f"{path}: names the {name} {value!r}, which is not imported or downloaded on a file's word; give "
+        f"--{name} {value} to use it"
+        for name, value in refused.items()
+    }
 
 
 def _opened(
@@ -107,8 +141,8 @@ def _opened(
 
 
 def encoder_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A state dict without what only a classifier has: its head, and the norm in front of it."""
-    return {name: value for name, value in state.items() if not name.startswith(("head.", "fc_norm."))}
+    """Return a state dict without what only a classifier has: its head, and the norm in front of it."""
+    return {name: value for name, value in state.items() if not name.startswith(("head.", "head_dist.", "fc_norm."))}
 
 
 def check_device(device: torch.device | str) -> None:
@@ -137,26 +171,38 @@ def settings_of(content: dict, state: dict, path: str | Path, changes: dict) -> 
     What belongs to its training alone, such as the batch size or where it wrote, is left out.
     """
     known = checkpoint.arguments(content)
+    hints = typing.get_type_hints(PretrainSettings) | {"input_size": int | list[int], "patch_size": int | list[int]}
+    check_kinds(path, known, {name: hints[name] for name in OF_MODEL + OF_DATA})
     args = {name: known[name] for name in OF_MODEL + OF_DATA if known.get(name) is not None}
+    if changes.get("masking", args.get("masking")) != args.get("masking"):
+        args["masking_args"] = []  # they are of another strategy
     if args.get("model", "").startswith("vit_"):
         args["model"] = f"mae_{args['model']}"
     projection = state.get("patch_embed.proj.weight")
-    if projection is None or "pos_embed" not in state:
+    if projection is None or projection.ndim != 4 or state.get("pos_embed", projection).ndim != 3:
         raise ValueError(f"{path}: no encoder of this project: patch_embed.proj.weight or pos_embed is missing in it")
+    check_kinds(path, content, {"grid": list[int], "classes": list[str]})
     patch = list(projection.shape[2:])
     args["patch_size"], args["in_chans"] = patch, projection.shape[1]
     grid = _grid(content, state, path, changes.get("input_size"))
     args["input_size"] = [side * step for side, step in zip(grid, patch, strict=True)]
     args.setdefault("model", guess_model(state, path) if "model" not in changes else changes["model"])
     settings = PretrainSettings(**(args | changes))
-    settings.check()
+    try:
+        settings.check()
+        base.channel_statistics(settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: its settings cannot be used: {error}") from error
     return settings
 
 
 def told_grid(content: dict, state: dict[str, torch.Tensor]) -> tuple[int, int] | None:
     """Rows and columns of patches, if a checkpoint tells them: as `grid`, or by the `input_size` of its settings."""
-    if content.get("grid"):
-        return tuple(content["grid"])
+    grid = tuple(content.get("grid") or ())
+    if grid:
+        if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != _places(state):
+            raise ValueError(f"its grid is {list(grid)}, and its position table has {_places(state)} places")
+        return grid
     size = checkpoint.arguments(content).get("input_size")
     if not size:
         return None
@@ -167,7 +213,10 @@ def told_grid(content: dict, state: dict[str, torch.Tensor]) -> tuple[int, int] 
 
 def _grid(content: dict, state: dict, path: str | Path, given: list[int] | None) -> tuple[int, int]:
     """Rows and columns of patches: told by the checkpoint, of `given` images, or square. ValueError: they disagree."""
-    told = told_grid(content, state)
+    try:
+        told = told_grid(content, state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if given:
         rows, columns = (side // step for side, step in zip((given[0], given[-1]), _patch(state), strict=True))
         if rows * columns != _places(state) or (told and told != (rows, columns)):
@@ -209,7 +258,7 @@ def _patch(state: dict[str, torch.Tensor]) -> tuple[int, int]:
 def guess_model(state: dict[str, torch.Tensor], path: str | Path) -> str:
     """The architecture whose width and depth a state dict has. ValueError: none, or `--model` is needed."""
     width = state["pos_embed"].shape[-1]
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    depth = 1 + max((int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)), default=-1)
     for name in models_mae.available_models():
         with torch.device("meta"):
             model = models_mae.create_model(name)

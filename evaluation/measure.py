@@ -78,13 +78,15 @@ def measure(
         and the next good one takes the place of each.
 
     Raises:
-        ValueError: no such numbers, a metric needs labels that the data set has not, or more memory than `CACHE_GB`.
+        ValueError: no such numbers, a metric needs labels that the data set has not, or more memory than `CACHE_GB`, or
+            something that the checkpoint may not choose (`Opened.refused`).
         SystemExit: not one picture can be decoded.
     """
     given = {"neighbours": neighbours, "train_images": train_images, "val_images": val_images}
     for name, number in given.items():
         if number is not None and number < 1:
             raise ValueError(f"--{name} {number}: must be at least 1")
+    opened.require("dataset", *["masking"] * ("salience" in metrics))
     check_pictures(opened.settings)
     unlimited = 2**62
     sets = monitor.open_sets(opened.settings, opened.size, train_images or unlimited, val_images or unlimited)

@@ -45,9 +45,10 @@ class Exportable:
 
 
 def json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds an object. ValueError: it does not."""
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not the settings of a model")
@@ -55,8 +56,9 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def load_tensors(path: Path) -> tensor_names.State:
+    """Read the tensors of a safetensors file. ValueError: it is damaged, or has none."""
     try:
-        return load_file(path)
+        return checkpoint.model_state(load_file(path), path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
 

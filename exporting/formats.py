@@ -14,9 +14,11 @@ from evaluation import checkpoints
 from exporting import hugging_face, tensor_names
 from exporting.exportable import Exportable, check_heads, check_names, load_tensors
 from methods import base
+from util.kinds import check_kinds
 from util.training import checkpoint
 
 FORMATS = ("timm", "hf", "safetensors", "mae")
+_DESCRIPTION = ("args", "grid", "classes")  # what a file of ours tells besides the tensors
 
 
 def read(
@@ -43,13 +45,15 @@ def read(
     else:
         content = checkpoint.load(path)
         state = checkpoint.model_state(content, path)
+        content = {name: content.get(name) for name in _DESCRIPTION}
     settings = checkpoints.settings_of(content, checkpoints.encoder_names(state), path, changes)
     check_names(path, settings, state)
+    checkpoint.check_finite(path, state)
     check_heads(path, settings, content, state)
     with torch.device("meta"):
         grid = base.build_model(settings).patch_embed.grid_size
     notes = [*content.get("notes", ()), "" if input_size else checkpoints.assumed_shape(content, state)]
-    classes = tuple(content.get("classes", ()))
+    classes = tuple(content.get("classes") or ())
     head = state.get("head.weight", state.get("head.1.weight"))
     if head is not None and len(classes) != len(head):
         classes = tuple(str(i) for i in range(len(head)))
@@ -88,4 +92,11 @@ def _read_safetensors(path: Path) -> tuple[tensor_names.State, dict[str, Any]]:
     state = load_tensors(path)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    return state, {name: json.loads(metadata[name]) for name in ("args", "grid", "classes") if name in metadata}
+    content = {}
+    for name in _DESCRIPTION:
+        try:
+            content[name] = json.loads(metadata.get(name, "null"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: its {name} in the metadata are no JSON ({error})") from error
+    check_kinds(path, content, {"args": dict})
+    return state, content

@@ -13,8 +13,19 @@ import models_mae
 from exporting import tensor_names
 from exporting.exportable import Exportable, json_object, load_tensors
 from methods import base
+from util.files import write_whole
+from util.kinds import check_kinds
 from util.ratios import exact_ratio
 
+_CONFIG_KINDS = {
+    "num_attention_heads": int,
+    "decoder_num_attention_heads": int,
+    "image_size": int | list[int],
+    "mask_ratio": float,
+    "norm_pix_loss": bool,
+    "layer_norm_eps": float,
+    "id2label": dict[str, str],
+}
 HUGGING_FACE_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 
 
@@ -79,8 +90,8 @@ def write(found: Exportable, folder: Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n")
+    write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    write_whole(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
 
 
 def read(folder: Path) -> tuple[tensor_names.State, dict[str, Any]]:
@@ -105,8 +116,11 @@ def read(folder: Path) -> tuple[tensor_names.State, dict[str, Any]]:
     processor = folder / "preprocessor_config.json"
     if processor.is_file():
         found = json_object(processor)
+        check_kinds(processor, found, {"image_mean": list[float], "image_std": list[float]})
         args |= {ours: found[name] for ours, name in (("mean", "image_mean"), ("std", "image_std")) if name in found}
-    labels = config.get("id2label", {})
+    labels = config.get("id2label") or {}
+    if not all(key.isdecimal() for key in labels):
+        raise ValueError(f"{folder}/config.json: its id2label has the key {min(labels)!r}, and all must be numbers")
     classes = [labels[key] for key in sorted(labels, key=int)]
     heads = {"heads": config["num_attention_heads"], "decoder_heads": config.get("decoder_num_attention_heads")}
     return state, {"args": args, "classes": classes, "notes": notes} | heads
@@ -115,18 +129,19 @@ def read(folder: Path) -> tuple[tensor_names.State, dict[str, Any]]:
 def _read_config(folder: Path) -> dict[str, Any]:
     """`config.json`. ValueError: of a model that has no counterpart here."""
     config = json_object(folder / "config.json")
+    check_kinds(folder / "config.json", config, _CONFIG_KINDS)
     if config.get("model_type") not in ("vit_mae", "vit"):
         raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}; vit_mae and vit can be converted")
     if config.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"{folder}: hidden_act is {config['hidden_act']!r}; models here have the exact gelu only")
-    if "num_attention_heads" not in config:
+    if config.get("num_attention_heads") is None:
         raise ValueError(f"{folder}/config.json: num_attention_heads is missing; save_pretrained writes it")
     return config
 
 
 def _other_epsilon(config: dict[str, Any]) -> str:
     """A sentence where LayerNorm's epsilon is another than here, or nothing."""
-    theirs, ours = config.get("layer_norm_eps", 1e-12), models_mae.layer_norm(1).eps  # 1e-12: transformers' default
+    theirs, ours = config.get("layer_norm_eps") or 1e-12, models_mae.layer_norm(1).eps  # 1e-12: transformers' default
     if theirs == ours:
         return ""
     return (

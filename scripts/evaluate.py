@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from evaluation import checkpoints, measure
+from methods import base
 from util import cli
 from util.files import write_whole
+from util.training import following
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,8 +40,9 @@ def main(argv: list[str] | None = None) -> None:
             num_workers=given.num_workers,
             pool=given.pool,
         )
-    if opened.assumed:
-        print(f"note: {opened.assumed}")
+    print(f"images are normalised with {following.describe(base.channel_statistics(opened.settings))}")
+    for note in filter(None, [opened.assumed, *opened.refused.values()]):
+        print(f"note: {note}")
     result = {"checkpoint": given.checkpoint or given.model} | result | {"seconds": time.perf_counter() - start}
     for name, value in result.items():
         print(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
@@ -65,7 +68,7 @@ def check_output(output: str | None) -> None:
 
 def open_model(given: argparse.Namespace) -> checkpoints.Opened:
     """The checkpoint, or an untrained `--model`."""
-    names = ("model", "dataset", "data_path", "input_size", "in_chans", "seed")
+    names = ("model", "dataset", "data_path", "input_size", "in_chans", "seed", "masking")
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if given.checkpoint:
@@ -98,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--input_size", type=int, nargs="+", help="side, or height and width, where no checkpoint tells"
     )
     parser.add_argument("--in_chans", type=int, help="for an untrained model: channels")
+    parser.add_argument("--masking", help="needed where it is your own module:Class, which a checkpoint may not choose")
     parser.add_argument("--seed", type=int, help="for an untrained model: of its weights")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
     parser.add_argument("--num_workers", type=int, default=0, help="loader processes")

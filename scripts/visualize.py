@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         print("the checkpoint has no decoder: the picture shows salience and masks, without a reconstruction")
     if not opened.trained:
         print(f"{given.model} is untrained: its reconstruction is noise")
-    if opened.assumed:
-        print(f"note: {opened.assumed}")
+    for note in filter(None, [opened.assumed, *opened.refused.values()]):
+        print(f"note: {note}")
     with cli.exit_on_user_error():
         try:
             drawing.save(drawing.draw(columns), given.output)
@@ -81,7 +81,7 @@ def check_numbers(given: argparse.Namespace) -> None:
 
 def open_model(given: argparse.Namespace) -> tuple[checkpoints.Opened, list[str]]:
     """The checkpoint or the untrained `--model`, and the pictures' places among the arguments."""
-    names = ("model", "input_size", "patch_size", "in_chans", "norm_pix_loss")
+    names = ("model", "input_size", "patch_size", "in_chans", "norm_pix_loss", "masking")
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     if given.mask_ratio is not None:
         changes |= {"mask_ratio": str(given.mask_ratio)}
@@ -124,6 +124,8 @@ def picture(images: measure.Named, index: int) -> torch.Tensor:
 
 def choose_strategies(given: argparse.Namespace, opened: checkpoints.Opened) -> tuple[dict, str]:
     """Strategies by name, and the one that is reconstructed: the checkpoint's, unless `--rebuild` names another."""
+    if not given.rebuild:
+        opened.require("masking")
     strategies = figures.standard_strategies(opened.settings, opened.strategy, opened.model.num_patches)
     for name in strategies:
         masking.check(strategies[name], opened.model.num_patches, opened.model.cls_token.shape[-1])
@@ -157,6 +159,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=6, help="pictures at most")
     parser.add_argument("--rebuild", help="strategy whose mask is reconstructed; default: the checkpoint's own")
     parser.add_argument("--mask_ratio", type=exact_ratio, help="such as 0.75 or 32/49; default: the checkpoint's")
+    parser.add_argument("--masking", help="needed where it is your own module:Class, which a checkpoint may not choose")
     parser.add_argument("--seed", type=int, default=0, help="of the masks' noise")
     parser.add_argument("--crop_pct", type=float, default=1.0, help="centre crop over resized side")
     parser.add_argument("--dataset", choices=["digits"], help="the built-in digits instead of pictures")

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import copy
+import datetime
+import fractions
+import io
 import os
+import pathlib
 import pickle
 import random
 import resource
 import time
+import tracemalloc
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_mae
@@ -35,9 +44,145 @@ class Bomb:
 def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {}, "args": Bomb()}, "bomb.pth")
-    with pytest.raises(ValueError, match="not a PyTorch checkpoint"):
+    with pytest.raises(ValueError, match=r"^bomb.pth: holds an object of posix.system, and loading it would run code"):
         checkpoint.load("bomb.pth")
     assert not (tmp_path / "exploded").exists()
+
+
+HARMLESS = {
+    "posix": pathlib.PurePosixPath("/a/b"),
+    "windows": pathlib.PureWindowsPath(r"C:\a\b"),
+    "here": pathlib.Path("a") / "b",
+    "float": np.float64(3.5),
+    "half": np.float16(2),
+    "int": np.int64(-7),
+    "big_endian": np.dtype(">i4").type(5),
+    "bool": np.bool_(True),
+    "text": np.str_("abc"),
+    "ordered": collections.OrderedDict(a=1),
+    "size": torch.Size([1, 2]),
+    "set": {1, 2},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_harmless_objects_of_published_files_load_as_plain_values(tmp_path, zipped):
+    path = tmp_path / "slurm.pth"
+    content = {"model": {"w": torch.ones(1)}, "args": argparse.Namespace(**HARMLESS), "best": np.float32(0.5)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    found = checkpoint.load(path)
+    expected = HARMLESS | {name: str(HARMLESS[name]) for name in ("posix", "windows", "here")}
+    assert checkpoint.arguments(found) == expected
+    assert not [value for value in checkpoint.arguments(found).values() if isinstance(value, np.generic)]
+    assert found["best"] == 0.5
+
+
+@pytest.mark.parametrize("name", ["pathlib.WindowsPath", "pathlib._local.PosixPath", "numpy.core.multiarray.scalar"])
+def test_names_of_other_systems_and_versions_load_too(tmp_path, name):
+    """A file made on Windows, under Python 3.13, or with numpy 1."""
+    written = {"numpy.core.multiarray.scalar": (b"cnumpy._core.multiarray\nscalar", np.float64(1.5))}
+    written |= {"pathlib.WindowsPath": (b"cpathlib\nPureWindowsPath", pathlib.PureWindowsPath("a"))}
+    written |= {"pathlib._local.PosixPath": (b"cpathlib\nPurePosixPath", pathlib.PurePosixPath("a"))}
+    old, value = written[name]
+    module, _, leaf = name.rpartition(".")
+    buffer = io.BytesIO()
+    torch.save({"args": {"value": value}}, buffer, _use_new_zipfile_serialization=False)
+    assert old in buffer.getvalue()
+    (tmp_path / "x.pth").write_bytes(buffer.getvalue().replace(old, f"c{module}\n{leaf}".encode()))
+    assert checkpoint.load(tmp_path / "x.pth")["args"]["value"] in (1.5, "a")
+
+
+@pytest.mark.parametrize("value", [datetime.date(2026, 1, 1), np.zeros(2), slice(1), fractions.Fraction(1, 2)])
+def test_a_class_that_is_not_allowed_is_named_in_one_whole_sentence(tmp_path, value):
+    torch.save({"model": {}, "extra": value}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth: holds an object of \S+, and .*dictionaries only$") as caught:
+        checkpoint.load(tmp_path / "x.pth")
+    said = str(caught.value)
+    assert "\x1b" not in said
+    assert "\n" not in said
+    assert type(value).__name__ in said or "numpy" in said
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"model": {"w": torch.zeros(50_000_000)}}, tmp_path / "big.pth")
+    with zipfile.ZipFile(tmp_path / "big.pth") as source, zipfile.ZipFile(tmp_path / "bomb.pth", "w", 8) as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    assert (tmp_path / "bomb.pth").stat().st_size < 1_000_000
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"bomb\.pth: damaged \(compressed, and could unpack to any size"):
+        checkpoint.load(tmp_path / "bomb.pth")
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+def test_parts_that_share_their_bytes_are_refused(tmp_path):
+    """A directory that names the same bytes many times would unpack to any size, too."""
+    with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+        archive.writestr("x/data.pkl", bytes(1000))
+        info = copy.copy(archive.infolist()[0])
+        for number in range(5):
+            other = copy.copy(info)
+            other.filename = f"x/data/{number}"
+            archive.filelist.append(other)
+            archive.NameToInfo[other.filename] = other
+        archive._didModify = True
+    with pytest.raises(ValueError, match="its parts are larger than the file"):
+        checkpoint.load(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("args", [[1], "text", 3, torch.ones(2)])
+def test_settings_that_are_no_dictionary_are_refused(tmp_path, args):
+    torch.save({"model": {"w": torch.ones(1)}, "args": args}, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"x\.pth: its args are a \w+, not a dictionary of settings"):
+        checkpoint.load(tmp_path / "x.pth")
+
+
+VIT = {"patch_embed.proj.weight": torch.ones(1), "blocks.0.attn.qkv.bias": torch.ones(1)}
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", "student", "teacher", "model_ema", None])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "_orig_mod.", "encoder.", "backbone.", "model.", "module._orig_mod.", "module.backbone."]
+)
+def test_known_wrappers_are_taken_off(key, prefix):
+    state = {prefix + name: value for name, value in VIT.items()}
+    assert checkpoint.model_state({key: state, "epoch": 3} if key else state).keys() == VIT.keys()
+
+
+def test_what_stands_beside_a_wrapped_encoder_keeps_its_name():
+    state = {f"encoder.{name}": value for name, value in VIT.items()} | {"decoder.0.weight": torch.ones(1)}
+    assert checkpoint.model_state({"model": state}).keys() == VIT.keys() | {"decoder.0.weight"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"student": VIT, "teacher": VIT}, "holds several models, student, teacher; save the one that is meant"),
+        ({f"{who}.{name}": VIT[name] for name in VIT for who in ("a", "b")}, r"called a\. and b\.patch_embed"),
+        ({f"visual.{name}": VIT[name] for name in VIT}, r"called visual\.patch_embed"),
+        (
+            {f"{who}.{name}": VIT[name] for name in VIT for who in ("student", "teacher")},
+            r"called student\. and teacher",
+        ),
+        ({"w": torch.ones(1), "module.w": torch.ones(1)}, "two tensors of one name"),
+        ({"w": torch.ones(2).to_sparse()}, "w is not a dense tensor"),
+        ({"w": torch.ones(2, device="meta")}, "w is not a dense tensor"),
+    ],
+)
+def test_what_could_mean_anything_is_named(content, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.model_state(content)
+
+
+def test_weights_that_are_not_finite_or_of_another_kind_are_refused_at_the_start():
+    state = tiny_mae().state_dict()
+    with pytest.raises(ValueError, match=r"norm.weight is torch.complex64 in it and torch.float32 in the model"):
+        checkpoint.check_state("x.pth", tiny_mae(), state | {"norm.weight": state["norm.weight"].to(torch.complex64)})
+    state["norm.weight"][3] = float("inf")
+    with pytest.raises(ValueError, match=r"^x.pth: norm.weight is not finite"):
+        checkpoint.check_state("x.pth", tiny_mae(), state)
 
 
 def test_what_is_no_checkpoint_is_said(tmp_path):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -83,6 +86,14 @@ def test_measuring_an_untrained_model_on_the_digits():
     assert sum(found["mask_ratio_histogram"]) == 50
     again = measure.measure(opened, ("knn", "linear"), train_images=200, val_images=50)
     assert (again["knn"], again["linear"]) == (found["knn"], found["linear"])
+
+
+@pytest.mark.parametrize("name", ["evaluate", "export", "visualize"])
+def test_a_script_starts_from_any_folder(tmp_path, name):
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--help"]
+    bare = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    found = subprocess.run(command, cwd=tmp_path, env=bare, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
 
 
 def test_features_of_picture_files(tmp_path):
@@ -322,7 +333,7 @@ def test_labels_are_needed_for_probes(tmp_path):
 
 
 def test_the_cache_of_tokens_has_a_limit(monkeypatch):
-    monkeypatch.setattr(checkpoints, "CACHE_GB", 1e-6)
+    monkeypatch.setattr(measure, "CACHE_GB", 1e-6)
     opened = checkpoints.untrained("mae_vit_mini_patch4", dataset="digits", in_chans=1)
     with pytest.raises(ValueError, match="lower --train_images"):
         measure.measure(opened, ("attentive",))

@@ -151,7 +151,7 @@ def test_evaluation_leaves_the_run_alone_and_needs_a_whole_classifier(pictures, 
         assert {path.name: path.read_bytes() for path in run.iterdir()} == before
         with pytest.raises(SystemExit):
             supervised(main, pictures, run, "--eval", "--resume", encoder)
-        assert "another architecture" in capsys.readouterr().err
+        assert "an encoder without a classifier's head" in capsys.readouterr().err
 
 
 def test_evaluation_numbers_the_classes_as_training_did(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 from helpers import tiny_mae
 
@@ -58,6 +59,48 @@ def test_another_architecture_is_named():
     deeper = models_mae.mae_vit_mini_patch4(depth=3).state_dict()
     with pytest.raises(ValueError, match=r"blocks.3.norm1.weight is missing in it"):
         checkpoint.fit_state(mini(), deeper)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"init_values": 1e-5},  # LayerScale, as DINOv2
+        {"reg_tokens": 4},
+        {"pre_norm": True},
+        {"qk_norm": True},
+        {"depth": 5},
+        {"proj_bias": False},
+    ],
+    ids=lambda extra: next(iter(extra)),
+)
+@pytest.mark.parametrize("global_pool", [True, False])
+def test_no_tensor_is_dropped_in_silence(extra, global_pool):
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3, "num_classes": 0}
+    theirs = timm.create_model("vit_base_patch16_224", **(sizes | extra)).state_dict()
+    with pytest.raises(ValueError, match=r"another architecture.*(is not in the model|is missing in it)"):
+        checkpoint.fit_state(mini(global_pool=global_pool), theirs)
+
+
+@pytest.mark.parametrize("name", ["relative_position_bias_table", "attn.relative_position_index"])
+def test_a_relative_position_table_is_not_dropped(name):
+    encoder = models_mae.mae_vit_mini_patch4().state_dict() | {f"blocks.0.{name}": torch.ones(3, 3)}
+    with pytest.raises(ValueError, match=f"blocks.0.{name} is not in the model"):
+        checkpoint.fit_state(mini(), encoder)
+
+
+def test_what_stands_beside_the_encoder_is_left_out():
+    encoder = models_mae.mae_vit_mini_patch4().state_dict()  # with decoder and mask token
+    beside = ("head_dist.weight", "head.0.running_mean", "head.1.weight", "pooler.dense.weight", "decoder.0.weight")
+    state = checkpoint.fit_state(mini(global_pool=True), encoder | {name: torch.ones(2) for name in beside})
+    assert state.keys() == {name for name in mini().state_dict() if not name.startswith(("head.", "fc_norm."))}
+    with pytest.raises(ValueError, match=r"norm.weight is missing in it"):  # the class token needs it
+        checkpoint.fit_state(mini(global_pool=False), {n: v for n, v in encoder.items() if not n.startswith("norm.")})
+
+
+def test_a_grid_that_is_not_of_the_table_is_refused():
+    encoder = models_mae.mae_vit_mini_patch4().state_dict()
+    with pytest.raises(ValueError, match=r"has 16 places, and its grid is \[5, 6\]"):
+        checkpoint.fit_state(mini(), encoder, old_grid=(5, 6))
 
 
 def test_global_pooling_is_the_mean_of_the_patches():

@@ -16,9 +16,20 @@ from torch import nn
 
 from util.files import replacing
 from util.pos_embed import resize_pos_embed
+from util.training.pickles import find_damage, unpickle
 
 LAST = "checkpoint-last.pth"
 PREVIOUS = "checkpoint-previous.pth"
+
+# Where a checkpoint has its model. Of the second kind a file may have several, and none is the obvious one.
+_MODELS = ("model", "state_dict", "model_state_dict")
+_ONE_OF_SEVERAL = ("student", "teacher", "model_ema", "state_dict_ema", "encoder", "target_encoder", "backbone")
+
+_WRAPPERS = r"((module|encoder|backbone|model|student|teacher|model_ema)\.)*"
+_FIRST = "patch_embed.proj.weight"  # every encoder has it
+
+# What a pre-trained model has beside the encoder, which a classifier does without.
+BESIDE_ENCODER = ("decoder", "mask_token", "head.", "head_dist.", "fc_norm.", "pooler.")
 
 
 def save(path: Path, content: dict) -> None:
@@ -38,52 +49,41 @@ def save(path: Path, content: dict) -> None:
         raise OSError(str(error).splitlines()[0]) from error
 
 
-def find_damage(path: str | Path) -> str:
-    """What is wrong with a file of `torch.save`, by the checksums that it holds; empty if nothing is.
-
-    `torch.load` does not compare them.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-    except Exception as error:  # what a damaged file raises depends on the damaged byte
-        return str(error) or type(error).__name__
-    return f"wrong checksum of {broken}" if broken else ""
-
-
 def load(path: str | Path) -> dict:
-    """Read a checkpoint on the CPU, with `weights_only=True`.
-
-    `argparse.Namespace`, which MAE's published checkpoints hold, is the one class allowed besides tensors.
+    """Read a checkpoint on the CPU, without importing or calling anything that it names (`pickles.unpickle`).
 
     Raises:
-        ValueError: no such file, truncated, or not a checkpoint.
+        ValueError: no such file, damaged, compressed, or not a checkpoint.
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such checkpoint")
-    damage = find_damage(path) if zipfile.is_zipfile(path) else ""  # files older than PyTorch 1.6 have no checksums
+    damage = find_damage(path) if _is_archive(path) else ""  # files older than PyTorch 1.6 have no checksums
     if damage:
         raise ValueError(f"{path}: damaged ({damage})")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what a damaged file raises depends on the damaged byte
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: damaged, or not a PyTorch checkpoint of tensors ({reason[:160]})") from error
+    content = unpickle(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+    args = content.get("args")
+    if not isinstance(args, (argparse.Namespace, dict, type(None))):
+        raise ValueError(f"{path}: its args are a {type(args).__name__}, not a dictionary of settings")
     return content
 
 
+def _is_archive(path: str | Path) -> bool:
+    """Return whether torch or Python takes a file for a zip archive: they look at its two ends."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK" or zipfile.is_zipfile(path)
+
+
 def peek(path: str | Path) -> dict:
-    """A checkpoint whose tensors stay on disk: as quick for a large one as for a small one, and not checked.
+    """Read a checkpoint but leave its tensors on disk: as fast for a large one as for a small one, and not checked.
 
     Raises:
         ValueError: no such file, or not a whole checkpoint.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # what a damaged file raises depends on the damaged byte
+        return unpickle(path, mmap=True)
+    except ValueError as error:
         raise ValueError(f"{path}: there is no whole checkpoint") from error
 
 
@@ -99,40 +99,91 @@ def fingerprint(path: str | Path) -> str | None:
     return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
 
-def model_state(content: dict, path: str | Path = "the checkpoint") -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint: under `model` or `state_dict`, or the content itself."""
-    state = content.get("model", content.get("state_dict", content))
-    entries = state.items() if isinstance(state, dict) else ()
-    state = {str(name).removeprefix("module."): value for name, value in entries if isinstance(value, torch.Tensor)}
-    if not state:
-        raise ValueError(f"{path}: holds no model weights")
-    return state
-
-
 def arguments(content: dict) -> dict:
-    """The settings that a checkpoint was made with, as a plain dict; empty if it has none."""
+    """Return the settings that a checkpoint was made with, as a plain dict; empty if it has none."""
     args = content.get("args") or {}
-    return vars(args) if isinstance(args, argparse.Namespace) else dict(args)
+    return dict(vars(args) if isinstance(args, argparse.Namespace) else args)
+
+
+def model_state(content: dict, path: str | Path = "the checkpoint") -> dict[str, torch.Tensor]:
+    """Return the state dict in a checkpoint, its names without what known wrappers put before them.
+
+    It is under `model`, `state_dict` or `model_state_dict`, else under the only one of `student`, `teacher`,
+    `model_ema` and the like, else the content itself. Wrappers are DistributedDataParallel (`module.`), torch.compile
+    (`_orig_mod.`), and `encoder.`, `backbone.`, `model.` before the names of a ViT.
+
+    Raises:
+        ValueError: no weights, several models, an unknown wrapper, or a tensor that is not plain (dense, on the CPU).
+    """
+    state = _state_dict(content, path)
+    entries = [(str(name).replace("_orig_mod.", "").removeprefix("module."), value) for name, value in state.items()]
+    entries = [(name, value) for name, value in entries if isinstance(value, torch.Tensor)]
+    prefix = _wrapper([name for name, _ in entries], path)
+    found = {name.removeprefix(prefix): value for name, value in entries}
+    if not found:
+        raise ValueError(f"{path}: holds no model weights")
+    if len(found) < len(entries):
+        raise ValueError(f"{path}: holds two tensors of one name; save the model alone, as {{'model': ...}}")
+    for name, tensor in found.items():
+        if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized or tensor.is_nested:
+            raise ValueError(f"{path}: {name} is not a dense tensor of numbers; save the model's plain weights")
+    return found
+
+
+def _state_dict(content: dict, path: str | Path) -> dict:
+    for name in _MODELS:
+        if isinstance(content.get(name), dict):
+            return content[name]
+    several = [name for name in _ONE_OF_SEVERAL if isinstance(content.get(name), dict)]
+    if len(several) > 1:
+        raise ValueError(
+            f"{path}: holds several models, {', '.join(several)}; save the one that is meant, as {{'model': ...}}"
+        )
+    return content[several[0]] if several else content
+
+
+def _wrapper(names: list[str], path: str | Path) -> str:
+    """What stands before the names of a ViT's tensors. ValueError: something unknown, or there are several ViTs."""
+    prefixes = {name.removesuffix(_FIRST) for name in names if name.endswith(f".{_FIRST}") or name == _FIRST}
+    if not prefixes or "" in prefixes:
+        return ""
+    known = sorted(prefix for prefix in prefixes if re.fullmatch(_WRAPPERS, prefix))
+    if len(prefixes) > 1 or not known:
+        raise ValueError(
+            f"{path}: the tensors of its ViT are called {' and '.join(sorted(prefixes))}{_FIRST}, which could mean "
+            "anything; save the encoder alone, as {'model': ...}, under timm's names"
+        )
+    return known[0]
 
 
 def describe_difference(wanted: dict[str, torch.Tensor], found: dict[str, torch.Tensor], most: int = 3) -> str:
-    """One line that names the first tensors in which a checkpoint differs from a model; empty if none does."""
+    """Name, in one line, the first tensors in which a checkpoint differs from a model; empty if none does."""
     parts = []
-    for name in wanted:
+    for name, tensor in wanted.items():
         if name not in found:
             parts.append(f"{name} is missing in it")
-        elif found[name].shape != wanted[name].shape:
-            parts.append(f"{name} is {tuple(found[name].shape)} in it and {tuple(wanted[name].shape)} in the model")
+        elif found[name].shape != tensor.shape:
+            parts.append(f"{name} is {tuple(found[name].shape)} in it and {tuple(tensor.shape)} in the model")
+        elif found[name].is_floating_point() != tensor.is_floating_point():
+            parts.append(f"{name} is {found[name].dtype} in it and {tensor.dtype} in the model")
     parts += [f"{name} is not in the model" for name in found if name not in wanted]
     more = f"; and {len(parts) - most} more" if len(parts) > most else ""
     return "; ".join(parts[:most]) + more
 
 
 def check_state(path: str | Path, model: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """ValueError that names the differing tensors, if `state` is not exactly `model`'s."""
+    """Raise a ValueError that names the tensors, unless `state` is exactly `model`'s, and finite."""
     difference = describe_difference(model.state_dict(), state)
     if difference:
         raise ValueError(f"{path}: a checkpoint of another architecture than --model: {difference}")
+    check_finite(path, state)
+
+
+def check_finite(path: str | Path, state: dict[str, torch.Tensor]) -> None:
+    """Raise a ValueError that names the first tensor with a value that is not finite. Shapes are checked before."""
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite, as after a training that diverged; take an earlier one")
 
 
 def own_checkpoints(output_dir: str | Path) -> list[Path]:
@@ -174,10 +225,10 @@ def find_own(output_dir: str | Path) -> tuple[Path, dict] | None:
 def fit_state(
     model: VisionTransformer, state: dict[str, torch.Tensor], old_grid: tuple[int, int] | None = None
 ) -> dict[str, torch.Tensor]:
-    """The part of a checkpoint that `model` starts from: a pre-trained encoder, or a fine-tuned classifier.
+    """Return the part of a checkpoint that `model` starts from: a pre-trained encoder, or a fine-tuned classifier.
 
-    The decoder is left out, the position table is resized to the model's grid, a head for another number of classes
-    is left out.
+    The position table is resized to the model's grid. Left out are what stands beside the encoder (`BESIDE_ENCODER`),
+    the `norm` where the model has a `fc_norm` instead, and a head for another number of classes. Nothing else is.
 
     Args:
         model: from `create_model`, before its head is changed; the meta device will do.
@@ -188,27 +239,29 @@ def fit_state(
         For `load_state_dict(..., strict=False)`: all but `head.*`, and but `fc_norm.*` with global pooling.
 
     Raises:
-        ValueError: any other tensor is missing, or has another shape; names the first few.
+        ValueError: any other tensor is missing, has another shape, or has no place in the model; names the first few.
     """
     wanted = model.state_dict()
-    grid = model.patch_embed.grid_size
-    state = {name: tensor for name, tensor in state.items() if name in wanted}
-    table = state.get("pos_embed")
-    if table is not None and table.shape[-1] == wanted["pos_embed"].shape[-1]:
-        state["pos_embed"] = _fit_table(table, grid, old_grid)
+    without = BESIDE_ENCODER + (() if "norm.weight" in wanted else ("norm.",))
+    state = {name: state[name] for name in state if name in wanted or not name.startswith(without)}
     if "head.weight" in state and state["head.weight"].shape != wanted["head.weight"].shape:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    start_fresh = {name for name in wanted if name.startswith(("head.", "fc_norm.")) and name not in state}
-    difference = describe_difference({name: wanted[name] for name in wanted if name not in start_fresh}, state)
+    needed = {name: wanted[name] for name in wanted if name in state or not name.startswith(("head.", "fc_norm."))}
+    table = state.get("pos_embed")
+    resized = table is not None and table.ndim == 3 and table.shape[-1] == wanted["pos_embed"].shape[-1]
+    difference = describe_difference(needed, state | {"pos_embed": wanted["pos_embed"]} if resized else state)
     if difference:
         raise ValueError(f"a checkpoint of another architecture than --model: {difference}")
-    return state
+    return state | {"pos_embed": _fit_table(table, model.patch_embed.grid_size, old_grid)}
 
 
 def _fit_table(table: torch.Tensor, grid: tuple[int, int], old_grid: tuple[int, int] | None) -> torch.Tensor:
+    places = table.shape[1] - 1
     if old_grid is None:
-        side = round((table.shape[1] - 1) ** 0.5)
-        if side * side != table.shape[1] - 1:
-            raise ValueError(f"the checkpoint's position table has {table.shape[1] - 1} places, not a square grid")
+        side = round(places**0.5)
+        if side * side != places:
+            raise ValueError(f"the checkpoint's position table has {places} places, not a square grid")
         old_grid = (side, side)
+    elif len(old_grid) != 2 or min(old_grid) < 1 or old_grid[0] * old_grid[1] != places:
+        raise ValueError(f"its position table has {places} places, and its grid is {list(old_grid)}")
     return table if tuple(old_grid) == tuple(grid) else resize_pos_embed(table, grid, old_grid)

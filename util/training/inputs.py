@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,8 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from util.config import SupervisedSettings
 from util.data import transforms
 from util.data.datasets import ImageSet, check_several_classes, open_labelled
+from util.kinds import check_kinds
 from util.training import checkpoint, resume
 from util.training.context import step_plan
+from util.training.following import follow
 
 
 @dataclass
@@ -24,6 +26,7 @@ class Inputs:
     val: ImageSet
     num_classes: int
     weights: dict[str, torch.Tensor] | None = None  # part of a checkpoint to start from; with --eval all of it
+    notes: list[str] = field(default_factory=list)  # for the log
 
 
 Build = Callable[[int, bool], VisionTransformer]
@@ -42,6 +45,7 @@ def open_inputs(settings: SupervisedSettings, build: Build, multiple: int = 1) -
     """
     transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
     start, content = _start(settings) if settings.eval else (None, {})
+    notes = follow(settings, content, start) if settings.eval else []
     train = None if settings.eval else _open(settings, "train")
     if train is not None:
         check_several_classes(train)
@@ -57,8 +61,9 @@ def open_inputs(settings: SupervisedSettings, build: Build, multiple: int = 1) -
         step_plan(settings, len(train), multiple)
         return Inputs(train, val, num_classes)
     state = checkpoint.model_state(content, start)
+    _check_classifier(start, state)
     checkpoint.check_state(start, model, state)
-    return Inputs(train, val, num_classes, state)
+    return Inputs(train, val, num_classes, state, notes)
 
 
 def find_start(settings: SupervisedSettings, inputs: Inputs, build: Build, multiple: int = 1) -> dict | None:
@@ -71,7 +76,9 @@ def find_start(settings: SupervisedSettings, inputs: Inputs, build: Build, multi
         return None
     start, content = _start(settings)
     if content is None:
+        inputs.notes = follow(settings, None, None)
         return None
+    inputs.notes = follow(settings, content, start)
     with torch.device("meta"):
         bare, model = build(inputs.num_classes, False), build(inputs.num_classes, True)
     if start == settings.finetune and not settings.resume:
@@ -85,13 +92,21 @@ def _start(settings: SupervisedSettings) -> tuple[str | Path | None, dict | None
     """Path and content of: own last checkpoint, --resume, --finetune, nothing; with --eval own last comes last."""
     named = settings.resume or settings.finetune
     own = None if settings.eval and named else checkpoint.find_own(settings.output_dir)
-    if own is not None:
-        return own
-    if named:
-        return named, checkpoint.load(named)
-    if settings.eval:
-        raise ValueError("--eval: name the checkpoint to evaluate with --resume or --finetune")
-    return None, None
+    if own is None and not named:
+        if settings.eval:
+            raise ValueError("--eval: name the checkpoint to evaluate with --resume or --finetune")
+        return None, None
+    path, content = own or (named, checkpoint.load(named))
+    check_kinds(path, content, {"classes": list[str], "grid": list[int]})
+    return path, content
+
+
+def _check_classifier(path: str | Path, state: dict[str, torch.Tensor]) -> None:
+    if not any(name.startswith("head.") for name in state):
+        raise ValueError(
+            f"{path}: an encoder without a classifier's head, which --eval cannot evaluate; train a head on it with "
+            f"--finetune {path} and without --eval, or measure its features with scripts/evaluate.py {path}"
+        )
 
 
 def _number_classes(settings: SupervisedSettings, val: ImageSet, classes: tuple[str, ...]) -> ImageSet:
@@ -102,11 +117,13 @@ def _number_classes(settings: SupervisedSettings, val: ImageSet, classes: tuple[
 
 
 def _fit(path: str, content: dict, bare: VisionTransformer) -> dict[str, torch.Tensor]:
-    grid = content.get("grid")
+    grid, state = content.get("grid"), checkpoint.model_state(content, f"--finetune {path}")
     try:
-        return checkpoint.fit_state(bare, checkpoint.model_state(content, path), tuple(grid) if grid else None)
+        state = checkpoint.fit_state(bare, state, tuple(grid) if grid else None)
     except ValueError as error:
         raise ValueError(f"--finetune {path}: {error}") from error
+    checkpoint.check_finite(f"--finetune {path}", state)
+    return state
 
 
 def _open(settings: SupervisedSettings, split: str) -> ImageSet:

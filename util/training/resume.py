@@ -11,10 +11,7 @@ from torch import nn
 from util.config import Settings, names_of_kind
 from util.data.datasets import ImageSet
 from util.data.step_loader import StepPlan
-from util.training import checkpoint
-
-# What a parameter group takes from the command line even when it continues a checkpoint.
-_OWN_OPTIONS = {"weight_decay", "lr_scale", "fused", "foreach"}
+from util.training import checkpoint, training_state
 
 # Settings that change the result, but not that of a run that continues: what it starts from is not read again, and the
 # effective batch is compared as a whole.
@@ -36,11 +33,7 @@ def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan, ima
             classes, or stopped within an epoch of other images.
     """
     checkpoint.check_state(path, model, checkpoint.model_state(content, path))
-    optimizer = content.get("optimizer")
-    if not (isinstance(optimizer, dict) and optimizer.get("param_groups") and isinstance(content.get("epoch"), int)):
-        raise ValueError(
-            f"{path}: holds weights but no training state; start from it with --finetune instead of --resume"
-        )
+    training_state.check(path, content)
     before, now = content.get("effective_batch_size"), plan.effective_batch_size
     if before is not None and before != now:
         raise ValueError(
@@ -89,6 +82,8 @@ def steps_into_epoch(content: dict, steps_per_epoch: int) -> int:
 def load_side_state(method: nn.Module, content: dict) -> None:
     """Restore what a method keeps outside its model: teacher, centres, heads. ValueError: it does not fit."""
     saved = content.get("method") or {}
+    if not isinstance(saved, dict) or not all(isinstance(value, torch.Tensor) for value in saved.values()):
+        raise ValueError(f"{content['path']}: the state of its method must be a dictionary of tensors")
     difference = checkpoint.describe_difference(method.side_state(), saved)
     if difference:
         raise ValueError(
@@ -96,19 +91,6 @@ def load_side_state(method: nn.Module, content: dict) -> None:
             "was trained with, or start from its weights with --finetune and another --output_dir"
         )
     method.load_side_state(saved)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Continue with `state`, but with this command's own options. ValueError: it is of other groups."""
-    groups = state["param_groups"]
-    if len(groups) != len(optimizer.param_groups):
-        raise ValueError(
-            f"the checkpoint's optimizer has {len(groups)} groups of parameters, this one has "
-            f"{len(optimizer.param_groups)}; start from its weights with --finetune and another --output_dir"
-        )
-    asked = [{name: group[name] for name in _OWN_OPTIONS & group.keys()} for group in optimizer.param_groups]
-    groups = [group | options for group, options in zip(groups, asked, strict=True)]
-    optimizer.load_state_dict({**state, "param_groups": groups})
 
 
 def changed_settings(content: dict, settings: Settings) -> list[str]:

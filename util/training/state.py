@@ -10,7 +10,7 @@ from torch import nn
 from util import cli, precision
 from util.data.step_loader import StepLoader
 from util.distributed import world
-from util.training import checkpoint, resume, strategy_state
+from util.training import checkpoint, resume, strategy_state, training_state
 from util.training.context import Context
 from util.training.saver import Saver, first_not_finite
 
@@ -52,7 +52,7 @@ class TrainingState:
             if content is None:
                 return
             resume.load_side_state(method, content)
-            resume.load_optimizer(self.optimizer, content["optimizer"])
+            training_state.load_optimizer(self.optimizer, content["optimizer"], content["path"])
             notes = [strategy_state.restore(method.strategy, content, getattr(context.settings, "masking", None))]
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
