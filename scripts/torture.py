@@ -3,9 +3,10 @@
 
 scripts/torture.py --kills 50 --seed 0 --report report.json
 
-Real processes, real signals, the built-in digits. Every strategy, 0, 1 and 3 loader workers, one process and two under
-torchrun. At least a fifth of the SIGKILLs wait until a checkpoint is being written. The weights and the optimizer must
-be the same bit for bit; the exit status is 1 if they are not. About 15 minutes on 2 cores for 50 kills.
+Real processes, real signals, the built-in digits. Every strategy, a method with a teacher, 0, 1 and 3 loader workers,
+one process and two under torchrun. At least a fifth of the SIGKILLs wait until a checkpoint is being written. The
+weights, the optimizer and the teacher must be the same bit for bit; the exit status is 1 if they are not. About 15
+minutes on 2 cores for 50 kills.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -34,13 +36,14 @@ import main_pretrain  # noqa: E402
 from util import cli  # noqa: E402
 from util.training import checkpoint  # noqa: E402
 
-CASES = [  # (strategy, workers, processes)
-    ("random", 0, 1),
-    ("sbam", 1, 1),
-    ("sbam_amr", 3, 1),
-    ("sbam_amr", 0, 1),
-    ("random", 1, 2),
-    ("sbam_amr", 1, 2),
+TEACHER = "my_method:Distilled"  # the method with a teacher of docs/METHODS.md
+CASES = [  # (strategy, workers, processes, method)
+    ("random", 0, 1, "mae"),
+    ("sbam", 1, 1, "mae"),
+    ("sbam_amr", 3, 1, "mae"),
+    ("sbam_amr", 0, 1, TEACHER),
+    ("random", 1, 2, "mae"),
+    ("sbam_amr", 1, 2, TEACHER),
 ]
 
 
@@ -68,6 +71,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--report", type=cli.path_text, help="JSON file for the tallies")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "METHODS.md").read_text(), re.DOTALL)[0]
+        (Path(folder) / "my_method.py").write_text(code)
+        sys.path.insert(0, folder)
+        return campaign(arguments)
+
+
+def campaign(arguments: argparse.Namespace) -> int:
+    """Run all cases; return 1 if anything differed."""
     rng, tallies = random.Random(arguments.seed), []
     for name, total in (("SIGKILL", arguments.kills), ("SIGTERM", arguments.kills // 2)):
         shares = [total // len(CASES) + (i < total % len(CASES)) for i in range(len(CASES))]
@@ -111,9 +123,20 @@ def torture(case: tuple, kills: int, name: str, rng: random.Random, folder: Path
 
 def launch(case: tuple, output: Path) -> int:
     """Start a run in a process group of its own; its number."""
-    strategy, workers, processes = case
+    strategy, workers, processes, method = case
     flags = ["--dataset", "digits", "--in_chans", 1, "--model", "mae_vit_mini_patch4", "--norm_pix_loss", "--epochs", 3]
-    flags += ["--masking", strategy, "--num_workers", workers, "--effective_batch_size", 64, "--lr", 1e-3]
+    flags += [
+        "--method",
+        method,
+        "--masking",
+        strategy,
+        "--num_workers",
+        workers,
+        "--effective_batch_size",
+        64,
+        "--lr",
+        1e-3,
+    ]
     flags += ["--batch_size", 64 // processes, "--warmup_epochs", 0, "--print_freq", 50, "--output_dir", output]
     flags = [str(flag) for flag in [*flags, "--save_every_minutes", 0.002]]
     output.mkdir(parents=True, exist_ok=True)
@@ -121,7 +144,7 @@ def launch(case: tuple, output: Path) -> int:
         return fork(flags, output)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with open(output / "out.txt", "a") as file:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": sys.path[0]}
         return subprocess.Popen(
             [*command, str(ROOT / "main_pretrain.py"), *flags],
             stdout=file,
@@ -203,8 +226,8 @@ def final(output: Path) -> dict:
 
 
 def same(one: dict, other: dict) -> bool:
-    """Steps, weights and the optimizer's state are equal bit for bit."""
-    first, second = (flatten({k: c[k] for k in ("step", "model", "optimizer")}) for c in (one, other))
+    """Return whether steps, weights, side state and the optimizer's state are equal bit for bit."""
+    first, second = (flatten({k: c[k] for k in ("step", "model", "method", "optimizer")}) for c in (one, other))
     return first.keys() == second.keys() and all(
         torch.equal(first[k], second[k]) if torch.is_tensor(first[k]) else first[k] == second[k] for k in first
     )
