@@ -98,15 +98,18 @@ class SBAM:
         scores = salience + self.randomness * draw_noise(tokens, noise, cells.count)
         num_salient = (self.counted(by_token, salience) > self.delta).sum(dim=1)  # (N,)
         stats = {"salient_share": num_salient / self.counted(by_token, salience).shape[1]}
-        return cells.mask(scores, self.num_keep(num_salient, tokens.shape[1], cells.count), stats)
+        return cells.mask(scores, self._kept_cells(num_salient, tokens.shape[1], cells.count), stats)
 
     def counted(self, by_token: torch.Tensor, by_cell: torch.Tensor) -> torch.Tensor:
         """Return the salience, (N, L) of tokens or (N, cells), of which the share of salient ones is taken."""
         return by_cell
 
-    def num_keep(self, num_salient: torch.Tensor, num_tokens: int, num_cells: int | None = None) -> int | torch.Tensor:
-        """Return the kept cells, one int for all images or (N,), from the salient ones of each image (N,)."""
-        return keep_count(num_cells or num_tokens, self.mask_ratio, self.rounding)
+    def num_keep(self, num_salient: torch.Tensor, num_tokens: int) -> int | torch.Tensor:
+        """Return the kept tokens, one int for all images or (N,), from the salient ones of each image (N,)."""
+        return keep_count(num_tokens, self.mask_ratio, self.rounding)
+
+    def _kept_cells(self, num_salient: torch.Tensor, num_tokens: int, num_cells: int) -> int | torch.Tensor:
+        return self.num_keep(num_salient, num_cells)
 
 
 @register("sbam_amr")
@@ -153,12 +156,17 @@ class SBAMAdaptive(SBAM):
         """Return the salience, (N, L) of tokens or (N, cells), of which the share of salient ones is taken."""
         return by_cell if self.share_of == "cells" else by_token
 
-    def num_keep(self, num_salient: torch.Tensor, num_tokens: int, num_cells: int | None = None) -> torch.Tensor:
-        """Return the kept cells (N,) from the counts of salient tokens or cells (N,)."""
-        num_cells = num_cells or num_tokens
-        of = num_cells if self.share_of == "cells" else num_tokens
-        ratios = self.mask_ratio, self.delta_r
-        return _amr_keep_table(of, num_cells, *ratios, self.rounding, num_salient.device)[num_salient]
+    def num_keep(self, num_salient: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Return the kept tokens (N,) from the counts of salient ones (N,)."""
+        return self._table(num_tokens, num_tokens, num_salient.device)[num_salient]
+
+    def _kept_cells(self, num_salient: torch.Tensor, num_tokens: int, num_cells: int) -> torch.Tensor:
+        if self.share_of == "cells" or num_cells == num_tokens:
+            return self.num_keep(num_salient, num_cells)
+        return self._table(num_tokens, num_cells, num_salient.device)[num_salient]
+
+    def _table(self, of: int, num_cells: int, device: torch.device) -> torch.Tensor:
+        return _amr_keep_table(of, num_cells, self.mask_ratio, self.delta_r, self.rounding, device)
 
 
 @functools.lru_cache(maxsize=64)

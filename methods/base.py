@@ -213,7 +213,8 @@ def build_model(settings: PretrainSettings) -> models_mae.MaskedAutoencoderViT:
 def create_strategy(settings: PretrainSettings) -> masking.base.Strategy:
     """Build the masking strategy with its own options."""
     options = {"mask_ratio": settings.mask_ratio} | cli.parse_options(settings.masking_args)
-    return masking.create(settings.masking, **options)
+    with torch.device("cpu"):  # a strategy may hold tensors, also where the model is only on the meta device
+        return masking.create(settings.masking, **options)
 
 
 def check_strategy(

@@ -59,9 +59,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parse the command line; exit with status 2 where it is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "source", type=cli.path_text, help="folder, with train/ and val/ or without; or as for --data_path"
-    )
+    parser.add_argument("source", type=_path, help="folder, with train/ and val/ or without; or as for --data_path")
     parser.add_argument("destination", type=_path, nargs="?", help="folder to write; not with --stats")
     parser.add_argument("--dataset", default="folder", help="of the source, as for pre-training")
     side = parser.add_mutually_exclusive_group()

@@ -168,7 +168,7 @@ def test_checkpoints_that_do_not_fit(tmp_path, capsys):
         "cls_token is (1, 1, 48) in it and (1, 1, 96) in the model",
         capsys,
     )
-    refused(main_pretrain, [*flags, "--resume", broken], "damaged, or not a PyTorch checkpoint", capsys)
+    refused(main_pretrain, [*flags, "--resume", broken], "broken.pth: damaged", capsys)
     refused(main_pretrain, [*flags, "--resume", weights], "start from it with --finetune", capsys)
     flags = ["--dataset", "digits", "--in_chans", "1", "--model", "vit_mini_patch4", "--output_dir", tmp_path / "p"]
     refused(main_finetune, [*flags, "--finetune", other], "another architecture", capsys)

@@ -8,6 +8,7 @@ import torch
 from helpers import golden, golden_json, tensor, tiny_mae
 
 import models_vit
+from methods import Method
 from util.lr_sched import learning_rate, set_learning_rate
 from util.optim import LARS, layer_decay_groups, pretrain_adamw
 
@@ -63,7 +64,7 @@ def test_lars_decays_matrices_only():
 def test_pretraining_decays_the_tokens_but_no_biases():
     model = tiny_mae()
     decayed = {
-        id(p) for group in pretrain_adamw(model, 0.05, torch.device("cpu")).param_groups
+        id(p) for group in pretrain_adamw(Method(model).parameter_groups(0.05), torch.device("cpu")).param_groups
         if group["weight_decay"] > 0 for p in group["params"]
     }  # fmt: skip
     for name, parameter in model.named_parameters():

@@ -235,7 +235,7 @@ def test_validation_images_keep_their_classes(tmp_path, capsys):
 
 def test_images_without_classes_are_reported(tmp_path, capsys):
     save(tmp_path / "flat" / "0.png")
-    save(tmp_path / "flat" / "val" / "a" / "0.png")
+    save(tmp_path / "flat" / "more" / "a" / "0.png")
     run(tmp_path / "flat", tmp_path / "flat shards")
     assert "2 of 2 training images are written without a class (" in capsys.readouterr().out
     save(tmp_path / "bare" / "train" / "0.png")

@@ -86,7 +86,7 @@ def test_a_command_that_waited_continues_from_what_the_first_left(pictures, tmp_
 
 def test_another_architecture_is_refused_also_after_waiting(pictures, tmp_path, start):
     first = stop_itself(start, pictures, tmp_path)
-    second = start(pictures, tmp_path, [], "--input_size", 16)
+    second = start(pictures, tmp_path, [], "--input_size", 8)
     wait_for_waiting(second, tmp_path, first)
     first.send_signal(signal.SIGCONT)
     _, said = second.communicate(timeout=120)
@@ -98,7 +98,7 @@ def test_another_architecture_is_refused_also_after_waiting(pictures, tmp_path, 
 
 def test_two_processes_refuse_with_one_sentence(pictures, tmp_path):
     pretrain(pictures, tmp_path, "--epochs", 1)
-    result = torchrun(pictures, tmp_path, [], "--input_size", 16, "--batch_size", 2)
+    result = torchrun(pictures, tmp_path, [], "--input_size", 8, "--batch_size", 2)
     assert result.returncode != 0
     assert result.stderr.count("error: ") == result.stderr.count("another architecture") == 1
     assert content(tmp_path)["step"] == 7
@@ -107,7 +107,7 @@ def test_two_processes_refuse_with_one_sentence(pictures, tmp_path):
 def test_no_folder_to_save_in_is_refused(pictures, capsys):
     said = refusal(main_pretrain.main, flags(pictures, ""), capsys)
     assert "--output_dir ''" in said
-    assert "name its folder" in said
+    assert "MAE then saves nothing, but a run here needs a folder" in said
 
 
 @pytest.mark.parametrize("name", [".lock", "config.yaml", "log.txt"])

@@ -11,6 +11,7 @@ from helpers import refusal, tiny_mae
 import main_finetune
 import main_linprobe
 import main_pretrain
+from methods import Method
 from util import optim
 from util.training import checkpoint, training_state
 
@@ -121,12 +122,22 @@ def test_what_is_broken_is_one_sentence_with_the_file_s_name(finished, tmp_path,
     assert message in said
 
 
-def test_a_whole_one_continues_and_side_state_of_a_method_is_no_obstacle(finished, tmp_path):
+def test_a_whole_one_continues(finished, tmp_path):
     main, content = finished
-    checkpoint.save(tmp_path / "whole.pth", content | {"method": {"teacher": {"w": torch.ones(1)}}})
+    checkpoint.save(tmp_path / "whole.pth", content)
     more = ["--resume", tmp_path / "whole.pth", "--epochs", 2]
     main.main([str(flag) for flag in flags(main, tmp_path / "run", *more)])
     assert checkpoint.load(tmp_path / "run" / checkpoint.LAST)["epoch"] == 1
+
+
+def test_side_state_that_is_none_of_this_method_s_is_refused(finished, tmp_path, capsys):
+    main, content = finished
+    sides = [({"w": torch.ones(1)}, "w is not in the model"), ({"w": {"x": 1}}, "must be a dictionary of tensors")]
+    for number, (side, message) in enumerate(sides):
+        path = tmp_path / f"{number}.pth"
+        checkpoint.save(path, content | {"method": side})
+        said = refusal(main.main, flags(main, tmp_path / "run", "--resume", path, "--epochs", 2), capsys)
+        assert message in said
 
 
 def test_an_untrained_model_continues(tmp_path):
@@ -137,7 +148,7 @@ def test_an_untrained_model_continues(tmp_path):
 
 def optimizers():
     cpu = torch.device("cpu")
-    yield lambda model: optim.pretrain_adamw(model, 0.05, cpu)
+    yield lambda model: optim.pretrain_adamw(Method(model).parameter_groups(0.05), cpu)
     yield lambda model: optim.LARS(list(model.parameters()))
 
 
@@ -158,12 +169,12 @@ def test_a_loaded_state_steps_as_the_one_that_was_saved(make):
 
 def test_tensors_that_share_memory_in_the_file_do_not_in_the_optimizer():
     model = tiny_mae()
-    optimizer = optim.pretrain_adamw(model, 0.05, torch.device("cpu"))
+    optimizer = optim.pretrain_adamw(Method(model).parameter_groups(0.05), torch.device("cpu"))
     step(model, optimizer, 0)
     state = optimizer.state_dict()
     for entry in state["state"].values():
         entry["exp_avg_sq"] = entry["exp_avg"] = torch.ones(()).expand(entry["exp_avg"].shape)
-    fresh = optim.pretrain_adamw(model, 0.05, torch.device("cpu"))
+    fresh = optim.pretrain_adamw(Method(model).parameter_groups(0.05), torch.device("cpu"))
     training_state.load_optimizer(fresh, state)
     found = fresh.state[model.patch_embed.proj.weight]
     assert found["exp_avg"].is_contiguous()

@@ -7,7 +7,11 @@ ERRORS = (RuntimeError, OSError, MemoryError)
 _CAUSES = {
     ("Too many open files", "ancdata"): "there are too few file descriptors; raise them with ulimit -n",
     ("No space left", "Bus error", "shared memory"): "there is no room in /dev/shm; enlarge it (docker: --shm-size)",
-    ("Killed", "exited unexpectedly"): "a loader worker was killed; perhaps the machine ran out of memory",
+    (
+        "Killed",
+        "exited unexpectedly",
+        "Connection reset by peer",
+    ): "a loader worker was killed; perhaps the machine ran out of memory",
     ("Cannot allocate memory", "can't allocate memory"): "the machine ran out of memory",
 }
 
