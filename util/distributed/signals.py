@@ -123,9 +123,16 @@ class WorkerSignals:
         """`worker_init_fn` of a `DataLoader`."""
         terminal.protect()  # a worker that was not forked has streams of its own
         multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+        sys.excepthook = _print_unless_disconnected  # called by multiprocessing's thread that shares descriptors
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0) if self._ending else None)
+
+
+def _print_unless_disconnected(kind: type, error: BaseException, trace) -> None:
+    """Print an error of a worker, unless the training process no longer answers: that one says why."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _end_worker(error: Exception, batch) -> NoReturn:
