@@ -60,6 +60,9 @@ def injected(faults: list[dict]) -> Iterator[None]:
                 elif fault["kind"] == "few_files":
                     in_use = max(map(int, os.listdir("/proc/self/fd")))
                     resource.setrlimit(resource.RLIMIT_NOFILE, (in_use + 1, in_use + 1))
+                    with suppress(OSError):
+                        while True:  # numbers in between may be free
+                            os.open(os.devnull, os.O_RDONLY)
                 elif fault["kind"] == "overflow":
                     next(self.parameters()).data.fill_(float("inf"))
                 elif fault["kind"] == "free":
