@@ -89,12 +89,14 @@ class Method(nn.Module):
         views: picture -> tuple of tensors, in the loader's workers.
         normalize: pixels -> the model's input, on the device.
         masking_warmup_epochs: epochs of random masking before `strategy` begins.
+        may_freeze: parts of the names of parameters that `on_gradients` may freeze from the first step on.
         clip_each: `--clip_grad` limits the norm of each parameter's gradient, not that of the whole.
         offers: what a strategy may need (`masking.NEEDS`) and this method gives.
         shown: averages that stand in each line on the terminal.
     """
 
     clip_each = False
+    may_freeze: tuple[str, ...] = ()
     offers: frozenset[str] = frozenset({"grid", "progress"})
     shown: tuple[str, ...] = ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "grad_norm")
 

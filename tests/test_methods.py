@@ -102,6 +102,7 @@ def test_a_skipped_step_leaves_the_teacher_alone(strangers):
 
 class Frozen(methods.MAE):
     clip_each = True
+    may_freeze = ("mask_token",)
 
     def schedule(self, at, lr, weight_decay):
         return 2 * lr, weight_decay + at.progress
@@ -125,6 +126,8 @@ def test_schedules_of_a_method_reach_the_optimizer(pictures, tmp_path, monkeypat
     (tmp_path / "frozen.py").write_text("from test_methods import Frozen\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    with injected([{"kind": "SIGTERM", "forward": 3}]):  # what was frozen has no state in the checkpoint
+        stopped(pictures, tmp_path / "run", "--method", "frozen:Frozen", "--epochs", 1)
     line = pretrain(pictures, tmp_path / "run", "--method", "frozen:Frozen", "--epochs", 1)[0]
     plain = pretrain(pictures, tmp_path / "plain", "--epochs", 1)[0]
     assert line["train_lr"] == pytest.approx(2 * plain["train_lr"])

@@ -52,7 +52,12 @@ class TrainingState:
             if content is None:
                 return
             resume.load_side_state(method, content)
-            training_state.load_optimizer(self.optimizer, content["optimizer"], content["path"])
+            freezes = {
+                id(p) for name, p in method.named_parameters() if any(part in name for part in method.may_freeze)
+            }
+            training_state.load_optimizer(
+                self.optimizer, content["optimizer"], content["path"], lambda parameter: id(parameter) in freezes
+            )
             notes = [strategy_state.restore(method.strategy, content, getattr(context.settings, "masking", None))]
         if content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
+from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,19 @@ def _check_progress(path: str | Path, content: dict) -> None:
         raise ValueError(f"{path}: its scaler is not the state of a GradScaler: {', '.join(sorted(_SCALER))}")
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Path = "the checkpoint") -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    path: str | Path = "the checkpoint",
+    stateless: Callable[[nn.Parameter], bool] = lambda parameter: False,
+) -> None:
     """Continue with `state`: its tensors. The options are this command's own.
 
     Args:
         optimizer: a new one, over the parameters that are trained.
         state: what its predecessor's `state_dict` returned.
         path: names the checkpoint in errors.
+        stateless: whether a parameter may have no state, because it has been frozen since the first step.
 
     Raises:
         ValueError: not a state of such an optimizer over such parameters. torch compares nothing, and its fused kernels
@@ -90,6 +97,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict, path: str | Pa
         expected = _state_of_a_step(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for number, parameter in zip(numbers, parameters, strict=True):
+            if number not in found and stateless(parameter):
+                continue
             difference = _describe_state(found.get(number), expected, parameter)
             if difference:
                 raise ValueError(f"{path}: its optimizer's {difference} (parameter {number}); {_ADVICE}")
