@@ -63,7 +63,8 @@ class MaskedAutoencoderViT(nn.Module):
         self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
         self.set_masking(masking if masking is not None else RandomMasking())
         self.grad_checkpointing = False
-        self._dense_block, self._packed_block, self._loss = _dense_block, _packed_block, _masked_mean_squared_error
+        self._dense_block, self._packed_block = _dense_block, _packed_block
+        self._loss = self._packed_loss = _masked_mean_squared_error
 
         self.patch_embed = PatchEmbed(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim)
         grid = self.patch_embed.grid_size
@@ -108,6 +109,7 @@ class MaskedAutoencoderViT(nn.Module):
         self._dense_block = torch.compile(_dense_block, dynamic=False, fullgraph=True, **options)
         self._packed_block = torch.compile(_packed_block, dynamic=True, fullgraph=True, **options)
         self._loss = torch.compile(_masked_mean_squared_error, dynamic=False, fullgraph=True, **options)
+        self._packed_loss = torch.compile(_masked_mean_squared_error, dynamic=True, fullgraph=True, **options)
 
     @property
     def num_patches(self) -> int:
@@ -201,26 +203,49 @@ class MaskedAutoencoderViT(nn.Module):
         return tokens + self.pos_embed[0, 1:][place % self.num_patches]
 
     def forward_decoder(self, latent: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """Latent from the encoder -> predicted patches (N, L, p_h * p_w * C)."""
-        num_images, num_tokens = mask.mask.shape
-        encoded = self.decoder_embed(latent).flatten(0, -2)  # (T + N, d), packed image by image
-        x = self.mask_token.to(encoded.dtype).expand(num_images, num_tokens + 1, -1).flatten(0, 1)
-        x = x.index_copy(0, mask.kept.slots, encoded).view(num_images, num_tokens + 1, -1)  # (N, L + 1, d)
-        x = self._run(self.decoder_blocks, x + self.decoder_pos_embed)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        """Latent from the encoder -> predicted patches (N, L, P), P = p_h * p_w * C.
 
-    def forward_loss(self, images: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the mean squared error over the removed tokens of the batch, Eq. 2; mask (N, L), 1 = removed."""
-        return self._loss(self.patchify(images), pred, mask, self.norm_pix_loss)
+        Where `mask` throws tokens, those do not pass through the decoder: (N, M, P) of the M others in raster order
+        where all images have M, else packed image by image; `mask.decoded.patches` says which they are.
+        """
+        (num_images, num_tokens), decoded = mask.mask.shape, mask.decoded
+        encoded = self.decoder_embed(latent).flatten(0, -2)  # (T + N, d), packed image by image
+        slots = mask.kept.slots if decoded is None else decoded.rows_of(mask.kept, num_tokens)
+        num_rows = num_images * (num_tokens + 1) if decoded is None else len(decoded.slots)
+        x = self.mask_token.to(encoded.dtype).expand(1, num_rows, -1).flatten(0, 1).index_copy(0, slots, encoded)
+        if decoded is None:
+            x = x.view(num_images, num_tokens + 1, -1) + self.decoder_pos_embed  # (N, L + 1, d)
+        else:
+            x = x + self.decoder_pos_embed[0][decoded.slots % (num_tokens + 1)]
+        layout = None if decoded is None else decoded.layout
+        x = x.view(num_images, -1, x.shape[-1]) if layout is None else x
+        x = self.decoder_norm(self._run(self.decoder_blocks, x, layout))
+        return self.decoder_pred(x)[:, 1:] if layout is None else self.decoder_pred(x[decoded.rows])
+
+    def forward_loss(self, images: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor | Mask) -> torch.Tensor:
+        """Return the mean squared error over the predicted tokens of the batch, Eq. 2.
+
+        Args:
+            images: (N, C, H, W).
+            pred: from `forward_decoder`.
+            mask: (N, L), 1 = removed, or a `Mask`.
+        """
+        target = self.patchify(images)
+        weight = mask.loss_weight if isinstance(mask, Mask) else mask
+        if isinstance(mask, Mask) and mask.decoded is not None:
+            places = mask.decoded.patches
+            target, weight = (x.flatten(0, 1)[places].view(*pred.shape[:-1], *x.shape[2:]) for x in (target, weight))
+        loss = self._loss if pred.ndim == 3 else self._packed_loss
+        return loss(target, pred, weight, self.norm_pix_loss)
 
     def forward_masked(self, images: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
-        """Encode the kept patches of images (N, C, H, W), decode all, compare the removed ones.
+        """Encode the kept patches of images (N, C, H, W), decode, compare the predicted ones.
 
         Returns:
-            loss (0-dim), pred (N, L, p_h * p_w * C).
+            loss (0-dim), pred as from `forward_decoder`.
         """
         pred = self.forward_decoder(self.forward_encoder(images, mask), mask)
-        return self.forward_loss(images, pred, mask.predicted), pred
+        return self.forward_loss(images, pred, mask), pred
 
     def forward(
         self, images: torch.Tensor, noise: torch.Tensor | None = None
@@ -250,7 +275,7 @@ def _packed_block(layout: PackedLayout, block: nn.Module, x: torch.Tensor) -> to
 def _masked_mean_squared_error(
     target: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor, normalize: bool
 ) -> torch.Tensor:
-    """Target and prediction (N, L, P), mask (N, L) -> 0-dim; `normalize` each target by its own mean and deviation."""
+    """Target and prediction (..., P), mask (...) -> 0-dim; `normalize` each target by its own mean and deviation."""
     target = target.float()
     if normalize:
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True)

@@ -3,20 +3,8 @@
 Convention, everywhere in this project: 1 / True = removed (masked), 0 / False = kept.
 """
 
-from masking.base import (
-    NEEDS,
-    Mask,
-    available,
-    call,
-    check,
-    create,
-    draw_noise,
-    keep_count,
-    mask_from_scores,
-    reads_tokens,
-    register,
-    remove_highest,
-)
+from masking.base import NEEDS, available, call, check, create, draw_noise, keep_count, reads_tokens, register
+from masking.mask import Mask, mask_from_scores, predict_part, remove_highest
 from masking.salience import SBAM, SBAMAdaptive, adaptive_mask_ratio, token_salience
 from masking.uniform import RandomMasking
 
@@ -34,6 +22,7 @@ __all__ = [
     "draw_noise",
     "keep_count",
     "mask_from_scores",
+    "predict_part",
     "reads_tokens",
     "register",
     "remove_highest",

@@ -1,4 +1,4 @@
-"""The strategy contract, `Mask`, and the registry. A strategy ranks and counts; everything else is shared.
+"""The strategy contract and the registry. A strategy ranks and counts; everything else is shared.
 
 A strategy is a callable `(tokens, noise=None) -> Mask`. One that needs more names it in its attribute `needs`, and is
 called with just that, by name. What there is to need stands in `NEEDS`; a method gives what it has.
@@ -6,15 +6,13 @@ called with just that, by name. What there is to need stands in `NEEDS`; a metho
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from fractions import Fraction
 
 import torch
 
-from masking.kept import KeptTokens
+from masking.mask import Mask
 from util.ratios import exact_ratio
 from util.registry import Registry, join
 from util.suggest import nearest
@@ -24,6 +22,7 @@ Strategy = Callable[..., "Mask"]  # (tokens (N, L, D), noise (N, L) or None, and
 NEEDS = {
     "grid": "(rows, columns) of the patches",
     "progress": "share of the training that is over, from 0 to 1",
+    "draw": "one number in [0, 1) for all images of a step, a function of (seed, step)",
     "attention": "(N, heads, L) attention of the teacher's class token to the patches, after the softmax",
     "maps": "(N, rows, columns) an attention map of each whole image, in [0, 1]",
     "boxes": "(N, 7) top, left, height, width of the crop; height, width of the image, in pixels; 1 where flipped",
@@ -32,129 +31,6 @@ NEEDS = {
 
 _REGISTRY = Registry("masking strategy")
 register, available, create = _REGISTRY.register, _REGISTRY.available, _REGISTRY.create
-
-
-@dataclass(frozen=True)
-class Mask:
-    """Which tokens of each image are removed.
-
-    Attributes:
-        mask: (N, L) bool, True = removed, False = kept.
-        num_keep: (N,) int64, kept tokens of each image.
-        ids_keep: kept positions, lowest score first: (N, K) where every image keeps K, else packed image by image
-            into (sum(num_keep),).
-        ids_restore: (N, L) int64, the place of each token in the ranking, as in MAE.
-        keep_lengths: `num_keep` on the host, where the images differ; None where all keep the same number.
-        stats: per-image diagnostics (N,) by name, for the log only.
-        thrown: (N, L) bool, removed tokens that are not predicted either; None where all removed ones are predicted.
-    """
-
-    mask: torch.Tensor
-    num_keep: torch.Tensor
-    ids_keep: torch.Tensor
-    ids_restore: torch.Tensor
-    keep_lengths: tuple[int, ...] | None = None
-    stats: dict[str, torch.Tensor] = field(default_factory=dict)
-    thrown: torch.Tensor | None = None
-
-    @property
-    def predicted(self) -> torch.Tensor:
-        """Return (N, L) bool, True for the removed tokens that the decoder predicts."""
-        return self.mask if self.thrown is None else self.mask & ~self.thrown
-
-    @functools.cached_property
-    def kept(self) -> KeptTokens:
-        """Where the kept tokens lie, for the encoder and the decoder."""
-        return KeptTokens.locate(self.ids_keep, self.num_keep, self.mask.shape[1], self.keep_lengths)
-
-
-def mask_from_scores(
-    scores: torch.Tensor,
-    num_keep: int | torch.Tensor,
-    stats: dict | None = None,
-    num_thrown: int | torch.Tensor = 0,
-) -> Mask:
-    """Keep the `num_keep` lowest-scored tokens of each image; equal scores keep their order.
-
-    Args:
-        scores: (N, L), ascending: the first are kept.
-        num_keep: one int for all images, or (N,) integers. Between 1 and L - 1.
-        stats: diagnostics handed through to `Mask.stats`.
-        num_thrown: how many of the next-lowest are thrown: removed, and not predicted. One int, or (N,) integers.
-
-    Raises:
-        ValueError: an image would keep none or all of its tokens, or have none to predict, or shapes do not fit.
-    """
-    num_images, num_tokens = scores.shape
-    ids_shuffle = torch.argsort(scores, dim=1, stable=True)  # (N, L)
-    place = torch.arange(num_tokens, device=scores.device)
-    ids_restore = torch.empty_like(ids_shuffle).scatter_(1, ids_shuffle, place.expand_as(ids_shuffle))
-    counts, num_keep = _counts("num_keep", num_keep, num_images, scores.device)
-    if counts and not 1 <= min(counts) <= max(counts) < num_tokens:
-        raise ValueError(
-            f"{min(counts)} to {max(counts)} of {num_tokens} tokens would be kept; "
-            "at least one must be kept and one removed: change the mask ratio, the patch size or the image size"
-        )
-    thrown = _thrown(ids_restore, num_keep, counts, num_thrown)
-    stats = stats or {}
-    if len(set(counts)) <= 1:
-        first = counts[0] if counts else 0
-        return Mask(ids_restore >= first, num_keep, ids_shuffle[:, :first], ids_restore, None, stats, thrown)
-    total = sum(counts)  # a boolean index would make the host wait once more
-    image = torch.repeat_interleave(torch.arange(num_images, device=scores.device), num_keep, output_size=total)
-    start = num_keep.cumsum(0) - num_keep  # (N,) where each image begins
-    rank = torch.arange(total, device=scores.device) - start[image]
-    mask = ids_restore >= num_keep[:, None]
-    return Mask(mask, num_keep, ids_shuffle[image, rank], ids_restore, counts, stats, thrown)
-
-
-def remove_highest(scores: torch.Tensor, num_removed: int | torch.Tensor) -> torch.Tensor:
-    """Mark the `num_removed` highest-scored tokens of each image: (N, L) bool, True = removed.
-
-    For methods that replace tokens instead of dropping them: an image may lose none of its tokens, or all. Of equal
-    scores the later tokens are removed first, as in `mask_from_scores`.
-
-    Args:
-        scores: (N, L).
-        num_removed: one int for all images, or (N,) integers, from 0 to L. The host does not wait for them.
-    """
-    num_images, num_tokens = scores.shape
-    if not isinstance(num_removed, torch.Tensor):
-        num_removed = torch.full((num_images,), num_removed)
-    if num_removed.shape != (num_images,):
-        raise ValueError(f"num_removed has shape {tuple(num_removed.shape)}; one count for each of {num_images} images")
-    order = torch.argsort(scores, dim=1, stable=True)
-    place = torch.arange(num_tokens, device=scores.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(1, order, place)
-    return rank >= num_tokens - num_removed.to(scores.device)[:, None]
-
-
-def _counts(
-    name: str, number: int | torch.Tensor, num_images: int, device: torch.device
-) -> tuple[tuple[int, ...], torch.Tensor]:
-    """Return a count for each image, on the host and as (N,) int64 on the device."""
-    if not isinstance(number, torch.Tensor):
-        return (int(number),) * num_images, torch.full((num_images,), int(number), dtype=torch.int64, device=device)
-    if number.shape != (num_images,):
-        raise ValueError(f"{name} has shape {tuple(number.shape)}; one count for each of {num_images} images")
-    # The one host transfer of a step whose images differ: the packed length is a shape, so the host must know it.
-    return tuple(int(count) for count in number.tolist()), number.to(device=device, dtype=torch.int64)
-
-
-def _thrown(
-    ids_restore: torch.Tensor, num_keep: torch.Tensor, kept: tuple[int, ...], num_thrown: int | torch.Tensor
-) -> torch.Tensor | None:
-    """Return (N, L) bool for the tokens ranked right after the kept ones; None if none is thrown."""
-    if not isinstance(num_thrown, torch.Tensor) and num_thrown == 0:
-        return None
-    num_images, num_tokens = ids_restore.shape
-    counts, num_thrown = _counts("num_thrown", num_thrown, num_images, ids_restore.device)
-    if any(thrown < 0 or keep + thrown >= num_tokens for keep, thrown in zip(kept, counts, strict=True)):
-        raise ValueError(
-            f"up to {max(counts)} of {num_tokens} tokens would be thrown, and none be left to predict: "
-            "lower the share that is thrown or the mask ratio"
-        )
-    return (ids_restore >= num_keep[:, None]) & (ids_restore < (num_keep + num_thrown)[:, None])
 
 
 def keep_count(num_tokens: int, mask_ratio: float | str | Fraction, rounding: str = "kept") -> int:
@@ -254,7 +130,7 @@ def check(
     embed_dim: int = 8,
     *,
     grid: tuple[int, int] | None = None,
-    offers: Iterable[str] = ("grid", "progress"),
+    offers: Iterable[str] = ("grid", "progress", "draw"),
     giver: str = "this method",
 ) -> None:
     """Call `strategy` once on blank tokens of one image.
@@ -287,6 +163,7 @@ def _blank(num_tokens: int, grid: tuple[int, int]) -> dict:
     return {
         "grid": grid,
         "progress": 0.0,
+        "draw": 0.5,
         "attention": torch.full((1, 1, num_tokens), 1 / num_tokens),
         "maps": torch.ones(1, *grid),
         "boxes": torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 0.0]]),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from masking.base import Mask, mask_from_scores
+from masking.mask import Mask, mask_from_scores, ranks
 
 
 def check_cell(cell: int) -> int:
@@ -66,7 +66,5 @@ class Cells:
         """
         if self.side == 1:
             return mask_from_scores(scores, num_keep, stats)
-        order = torch.argsort(scores, dim=1, stable=True)
-        place = torch.arange(self.count, device=scores.device).expand_as(order)
-        rank = torch.empty_like(order).scatter_(1, order, place)  # equal scores of two cells must not mix their tokens
+        rank = ranks(scores)  # equal scores of two cells must not mix their tokens
         return mask_from_scores(self.spread(rank), num_keep * self.side**2, stats)

@@ -7,8 +7,9 @@ from fractions import Fraction
 
 import torch
 
-from masking.base import Mask, check_number, check_ratio, check_rounding, draw_noise, keep_count, register
+from masking.base import check_number, check_ratio, check_rounding, draw_noise, keep_count, register
 from masking.cells import Cells, check_cell
+from masking.mask import Mask
 from util.precision import full_fp32
 from util.ratios import exact_ratio
 

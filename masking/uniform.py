@@ -6,8 +6,9 @@ from fractions import Fraction
 
 import torch
 
-from masking.base import Mask, check_ratio, check_rounding, draw_noise, keep_count, register
+from masking.base import check_ratio, check_rounding, draw_noise, keep_count, register
 from masking.cells import Cells, check_cell
+from masking.mask import Mask
 
 
 @register("random")

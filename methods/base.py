@@ -20,6 +20,7 @@ from util import cli, seeding
 from util.config import PretrainSettings
 from util.data import transforms
 from util.data.step_loader import MicroBatch
+from util.ratios import exact_ratio
 from util.registry import Registry
 from util.training import strategy_state
 from util.training.averages import Averages
@@ -39,6 +40,8 @@ class Inputs(NamedTuple):
         noise: (N, L) in [0, 1), what the masks draw, a function of (seed, step).
         index: (N,) int64, number of each picture in the data set.
         boxes: what the views say of their crops, or None.
+        draw: one number in [0, 1) for all images of the step.
+        decode_noise: (N, L) in [0, 1) that draws which removed tokens are predicted, where only a part is.
         targets: (N,) classes or (N, classes) probabilities, of labelled images only.
     """
 
@@ -46,6 +49,8 @@ class Inputs(NamedTuple):
     noise: torch.Tensor | None = None
     index: torch.Tensor | None = None
     boxes: torch.Tensor | None = None
+    draw: float = 0.5
+    decode_noise: torch.Tensor | None = None
     targets: torch.Tensor | None = None
 
 
@@ -91,13 +96,14 @@ class Method(nn.Module):
         masking_warmup_epochs: epochs of random masking before `strategy` begins.
         may_freeze: parts of the names of parameters that `on_gradients` may freeze from the first step on.
         clip_each: `--clip_grad` limits the norm of each parameter's gradient, not that of the whole.
+        decode_ratio: share of the removed tokens that are predicted.
         offers: what a strategy may need (`masking.NEEDS`) and this method gives.
         shown: averages that stand in each line on the terminal.
     """
 
     clip_each = False
     may_freeze: tuple[str, ...] = ()
-    offers: frozenset[str] = frozenset({"grid", "progress"})
+    offers: frozenset[str] = frozenset({"grid", "progress", "draw"})
     shown: tuple[str, ...] = ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "grad_norm")
 
     def __init__(self, model: nn.Module, strategy: masking.base.Strategy | None = None):
@@ -106,7 +112,7 @@ class Method(nn.Module):
         object.__setattr__(self, "strategy", strategy)  # no submodule, whatever it is
         self.views: Callable | None = None
         self.set_normalize(None)
-        self.masking_warmup_epochs = 0
+        self.masking_warmup_epochs, self.decode_ratio = 0, 1.0
         self._warmup: masking.base.Strategy | None = None
 
     @classmethod
@@ -121,7 +127,9 @@ class Method(nn.Module):
         method = _REGISTRY.call(settings.method, cls, options, (model, strategy))
         model.set_masking(strategy)
         method.masking_warmup_epochs = settings.masking_warmup_epochs
-        method._warmup = masking.create("random", mask_ratio=settings.mask_ratio)
+        warmup_ratio = getattr(strategy, "warmup_ratio", settings.mask_ratio)
+        method._warmup = masking.create("random", mask_ratio=warmup_ratio)
+        method.decode_ratio = exact_ratio(settings.decode_ratio)
         size, scale = model.patch_embed.img_size, tuple(settings.crop_scale)
         method.views = transforms.pretrain_transform(size, scale, settings.hflip, settings.exact_resize)
         method.set_normalize(transforms.Normalize(*channel_statistics(settings)))
@@ -150,16 +158,34 @@ class Method(nn.Module):
         """
         pixels, flips = (tensor.to(device, non_blocking=True) for tensor in micro_batch.batch[0])
         images = self.normalize(pixels.permute(0, 3, 1, 2).contiguous(), flips)
-        return Inputs([images], self.noise(micro_batch, seed, device), torch.tensor(micro_batch.indices))
+        return Inputs(
+            [images],
+            self.noise(micro_batch, seed, device),
+            torch.tensor(micro_batch.indices),
+            draw=seeding.step_draw(seed, micro_batch.step),
+            decode_noise=self.noise(micro_batch, seed, device, seeding.DECODE) if self.decode_ratio < 1 else None,
+        )
 
-    def noise(self, micro_batch: MicroBatch, seed: int, device: torch.device) -> torch.Tensor:
-        """Draw U[0, 1) for each token of a micro-batch: (N, L), a function of (seed, step, place in the step)."""
-        places, size = micro_batch.places, micro_batch.step_size
-        return seeding.step_noise(seed, micro_batch.step, places, size, self.model.patch_embed.num_patches, device)
+    def noise(
+        self, micro_batch: MicroBatch, seed: int, device: torch.device, stream: int = seeding.NOISE
+    ) -> torch.Tensor:
+        """Draw U[0, 1) for each token: (N, L), a function of (seed, step, place in the step, stream)."""
+        places, size, length = micro_batch.places, micro_batch.step_size, self.model.patch_embed.num_patches
+        return seeding.step_noise(seed, micro_batch.step, places, size, length, device, stream)
 
     def strategy_at(self, at: At) -> masking.base.Strategy:
         """Return the strategy of this step: random masking during the warm-up."""
         return self._warmup if at.epoch < self.masking_warmup_epochs else self.strategy
+
+    def offered(self, inputs: Inputs, at: At) -> dict:
+        """Return what `offers` names, besides the grid, for the first view of a micro-batch."""
+        return {"progress": at.progress, "draw": inputs.draw}
+
+    def choose_mask(self, inputs: Inputs, at: At) -> masking.Mask:
+        """Ask the strategy which tokens of the first view to remove, and draw which of them to predict."""
+        strategy, offered = self.strategy_at(at), self.offered(inputs, at)
+        mask = self.model.choose_mask(inputs.views[0], inputs.noise, strategy, **offered)
+        return mask if self.decode_ratio == 1 else masking.predict_part(mask, self.decode_ratio, inputs.decode_noise)
 
     def choose(self, inputs: Inputs, at: At) -> Plan:
         """Choose the masks of a micro-batch, and count the terms of each loss. No gradient, not compiled."""

@@ -10,13 +10,12 @@ class MAE(Method):
     """Mean squared error over the removed patches of the global batch (Eq. 2), for every masking strategy."""
 
     def choose(self, inputs: Inputs, at: At) -> Plan:
-        """Ask the strategy which patches to remove; the loss has one term for each."""
-        strategy = self.strategy_at(at)
-        mask = self.model.choose_mask(inputs.views[0], inputs.noise, strategy, progress=at.progress)
-        return Plan({"pixels": mask.predicted.sum()}, mask, stats=mask.stats)
+        """Choose which patches to remove; the loss has one term for each that is predicted."""
+        mask = self.choose_mask(inputs, at)
+        return Plan({"pixels": mask.loss_weight.sum()}, mask, stats=mask.stats)
 
     def forward(self, inputs: Inputs, plan: Plan, at: At) -> dict[str, Loss]:
-        """Encode the kept patches, decode all, compare the removed ones."""
+        """Encode the kept patches, decode, compare the predicted ones."""
         count = plan.counts["pixels"]
         loss, _ = self.model.forward_masked(inputs.views[0], plan.mask)
         return {"pixels": Loss(loss * count, count)}

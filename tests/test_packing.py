@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from masking.kept import KeptTokens
+from masking.sequences import Sequences
 from util.packing import PackedLayout, packed_attention
 
 LENGTHS = [(7,), (3, 3, 3), (1, 64, 20, 20, 5), (2, 1, 1, 9)]
@@ -56,7 +56,7 @@ def test_kept_tokens_lie_where_they_should(keep_lengths):
     lengths = keep_lengths or (3, 3, 3)
     ids = [torch.randperm(5)[:n].tolist() for n in lengths]
     ids_keep = torch.tensor(ids if keep_lengths is None else [*ids[0], *ids[1], *ids[2]])
-    kept = KeptTokens.locate(ids_keep, torch.tensor(lengths), 5, keep_lengths)
+    kept = Sequences.locate(ids_keep, torch.tensor(lengths), 5, keep_lengths)
     patches, rows, class_rows, slots = [], [], [], []
     for image, positions in enumerate(ids):
         class_rows.append(len(slots))

@@ -190,6 +190,7 @@ class PretrainSettings(Settings):
     masking: str = result("random", "random, sbam, sbam_amr, or your own as package.module:Class")
     masking_args: list[str] = result([], "the strategy's own options as name=value, such as delta_r=0.15", pairs=True)
     masking_warmup_epochs: int = result(0, "epochs of random masking before --masking begins")
+    decode_ratio: float | str = result(1.0, "share of the removed patches that are predicted, drawn anew each step")
     norm_pix_loss: bool = result(False, "predict patches normalised by their own mean and deviation")
     crop_scale: list[float] = result([0.2, 1.0], "range of the random crop's area over the image's")
     exact_resize: bool = result(False, "crops bit for bit as torchvision makes them of PIL images; slower")
@@ -205,6 +206,8 @@ class PretrainSettings(Settings):
         super().check()
         if not 0 < exact_ratio(self.mask_ratio, "--mask_ratio") < 1:
             raise ValueError(f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded")
+        if not 0 < exact_ratio(self.decode_ratio, "--decode_ratio") <= 1:
+            raise ValueError(f"--decode_ratio {self.decode_ratio}: must be above 0 and at most 1")
         self._check_minimum(0, "masking_warmup_epochs")
         self._check_minimum(1, "eval_every", "vis_every")
         for name in ("exact_resize", "eval_every", "vis_every"):

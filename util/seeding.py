@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 # Streams: the same numbers in another role must not give the same random state.
-ORDER, SAMPLE, STEP, MODEL, NOISE = range(5)
+ORDER, SAMPLE, STEP, MODEL, NOISE, DECODE, DRAW = range(7)
 
 
 def derive(seed: int, *keys: int) -> int:
@@ -32,14 +32,21 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     seed_all(derive(seed, STEP, step, rank))
 
 
-def step_noise(seed: int, step: int, places: range, step_size: int, length: int, device: torch.device) -> torch.Tensor:
-    """U[0, 1) for each token of the samples `places` of a step of `step_size` samples: (len(places), length), fp32.
+def step_noise(
+    seed: int, step: int, places: range, step_size: int, length: int, device: torch.device, stream: int = NOISE
+) -> torch.Tensor:
+    """Draw U[0, 1) for each token of the samples `places` of a step of `step_size` samples: (len(places), length).
 
     A sample's noise does not depend on how the step is shared out over processes and micro-batches.
     """
-    generator = torch.Generator(device).manual_seed(derive(seed, NOISE, step))
+    generator = torch.Generator(device).manual_seed(derive(seed, stream, step))
     noise = torch.rand(step_size, length, generator=generator, device=device)
     return noise[places.start : places.stop : places.step]
+
+
+def step_draw(seed: int, step: int) -> float:
+    """Draw one number from U[0, 1) for all samples of a step."""
+    return random.Random(derive(seed, DRAW, step)).random()
 
 
 @contextlib.contextmanager
