@@ -104,11 +104,12 @@ class MaskedAutoencoderViT(nn.Module):
         """Compile the transformer blocks and the loss; `options` go to `torch.compile`.
 
         Masks are chosen outside of what is compiled: they do not depend on it. Equal counts get graphs of fixed
-        shapes, packed batches one graph for any number of tokens.
+        shapes, packed batches one graph for any number of tokens, as do counts that vary from step to step.
         """
-        self._dense_block = torch.compile(_dense_block, dynamic=False, fullgraph=True, **options)
+        dynamic = getattr(self.masking, "varies", False)
+        self._dense_block = torch.compile(_dense_block, dynamic=dynamic, fullgraph=True, **options)
         self._packed_block = torch.compile(_packed_block, dynamic=True, fullgraph=True, **options)
-        self._loss = torch.compile(_masked_mean_squared_error, dynamic=False, fullgraph=True, **options)
+        self._loss = torch.compile(_masked_mean_squared_error, dynamic=dynamic, fullgraph=True, **options)
         self._packed_loss = torch.compile(_masked_mean_squared_error, dynamic=True, fullgraph=True, **options)
 
     @property

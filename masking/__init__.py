@@ -4,16 +4,23 @@ Convention, everywhere in this project: 1 / True = removed (masked), 0 / False =
 """
 
 from masking.base import NEEDS, available, call, check, create, draw_noise, keep_count, reads_tokens, register
+from masking.block import BlockMasking, InverseBlockMasking
+from masking.color import ColorMasking
 from masking.mask import Mask, mask_from_scores, predict_part, remove_highest
 from masking.salience import SBAM, SBAMAdaptive, adaptive_mask_ratio, token_salience
+from masking.schedule import ScheduledRatio
 from masking.uniform import RandomMasking
 
 __all__ = [
     "NEEDS",
     "SBAM",
+    "BlockMasking",
+    "ColorMasking",
+    "InverseBlockMasking",
     "Mask",
     "RandomMasking",
     "SBAMAdaptive",
+    "ScheduledRatio",
     "adaptive_mask_ratio",
     "available",
     "call",

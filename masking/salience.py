@@ -18,14 +18,16 @@ _FLAT = 1e-5
 
 
 @torch.no_grad()
-def token_salience(tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """How much the other tokens of an image draw on each token, Eq. 3-4 of the SBAM paper.
+def token_salience(tokens: torch.Tensor, temperature: float = 1.0, weight: str = "outgoing") -> torch.Tensor:
+    """Compute how much the other tokens of an image draw on each token, Eq. 3-4 of the SBAM paper.
 
     A = softmax over rows of X X^T / temperature; S = column sums of A, min-max-normalised per image.
 
     Args:
         tokens: X (N, L, D), patch embedding + position embedding; any float dtype, computed in fp32.
         temperature: divides the inner products; 1 is the paper's.
+        weight: "outgoing" sums the columns, the paper's: what a token gives to all. "incoming" is what a token takes
+            from the others; the rows of A sum to 1, so that is 1 - a_ii.
 
     Returns:
         S (N, L) fp32 in [0, 1]; 0 everywhere for an image whose tokens are all equally salient.
@@ -33,7 +35,9 @@ def token_salience(tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tens
     with full_fp32(tokens.device.type):
         x = tokens.detach().float()
         affinity = torch.softmax(x @ x.transpose(1, 2) / temperature, dim=-1)  # (N, L, L)
-        return min_max(affinity.sum(dim=1))  # (N, L)
+        if weight == "outgoing":
+            return min_max(affinity.sum(dim=1))  # (N, L)
+        return min_max(1 - affinity.diagonal(dim1=1, dim2=2))
 
 
 def min_max(values: torch.Tensor) -> torch.Tensor:
@@ -70,6 +74,7 @@ class SBAM:
         cell: side in patches of the square cells that are removed as a whole. The salience of a cell is the mean of
             its tokens', min-max-normalised again over the image, so that the noise keeps its relative width.
         rounding: "kept" rounds the number of kept cells up, as the paper; "removed" that of removed ones, as SimMIM.
+        weight: "outgoing" is the paper's salience, "incoming" its ablation: see `token_salience`.
     """
 
     def __init__(
@@ -80,12 +85,16 @@ class SBAM:
         delta: float = 0.1,
         cell: int = 1,
         rounding: str = "kept",
+        weight: str = "outgoing",
     ):
         self.mask_ratio = check_ratio("mask_ratio", mask_ratio)
         self.randomness = check_number("randomness", randomness)
         self.temperature = check_number("temperature", temperature, exclusive=True)
         self.delta = check_number("delta", delta)
         self.cell, self.rounding = check_cell(cell), check_rounding(rounding)
+        if weight not in ("outgoing", "incoming"):
+            raise ValueError(f"weight is {weight!r}; choose outgoing or incoming")
+        self.weight = weight
         if cell > 1:
             self.needs = frozenset({"grid"})
 
@@ -94,7 +103,7 @@ class SBAM:
     ) -> Mask:
         """Mask tokens (N, L, D) by noise (N, L) in [0, 1); the tokens with the lowest scores are kept."""
         cells = Cells.on(grid, tokens.shape[1], self.cell)
-        by_token = token_salience(tokens, self.temperature)  # (N, L)
+        by_token = token_salience(tokens, self.temperature, self.weight)  # (N, L)
         salience = by_token if self.cell == 1 else min_max(cells.mean(by_token))  # (N, cells)
         scores = salience + self.randomness * draw_noise(tokens, noise, cells.count)
         num_salient = (self.counted(by_token, salience) > self.delta).sum(dim=1)  # (N,)
@@ -121,7 +130,7 @@ class SBAMAdaptive(SBAM):
         mask_ratio: base ratio r, in (0, 1).
         delta_r: the ratios lie in [r - delta_r, r + delta_r], which must stay inside (0, 1).
         delta: salience above which a token counts as salient.
-        randomness, temperature, cell, rounding: as for SBAM.
+        randomness, temperature, cell, rounding, weight: as for SBAM.
         share_of: "cells" or "tokens": of which the share of salient ones is taken where `cell` is above 1.
     """
 
@@ -135,8 +144,9 @@ class SBAMAdaptive(SBAM):
         cell: int = 1,
         rounding: str = "kept",
         share_of: str = "cells",
+        weight: str = "outgoing",
     ):
-        super().__init__(mask_ratio, randomness, temperature, delta, cell, rounding)
+        super().__init__(mask_ratio, randomness, temperature, delta, cell, rounding, weight)
         try:
             self.delta_r = exact_ratio(delta_r)
         except ValueError as error:

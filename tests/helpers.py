@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,7 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
+import masking
 import models_mae
+
+# Those that differ in what the model does: embeds the kept patches alone, all, packs. Others are tested as masks.
+MODEL_STRATEGIES = ["random", "sbam", "sbam_amr"]
 
 ROOT = Path(__file__).parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
@@ -37,6 +42,24 @@ def golden_json(name: str):
 def tensor(array: np.ndarray) -> torch.Tensor:
     """A fresh tensor with the array's values."""
     return torch.from_numpy(np.array(array))
+
+
+def masked(strategy, tokens: torch.Tensor, noise: torch.Tensor | None = None, grid=None, **given) -> masking.Mask:
+    """Call a strategy on tokens (N, L, D) and offer all that one can need; the grid is almost square if None."""
+    num_images, num_tokens = tokens.shape[:2]
+    rows = max(side for side in range(1, math.isqrt(num_tokens) + 1) if num_tokens % side == 0)
+    grid = grid or (rows, num_tokens // rows)
+    place = torch.linspace(0.1, 1, num_tokens)
+    offered = {
+        "grid": grid,
+        "progress": 0.4,
+        "draw": 0.3,
+        "attention": place.expand(num_images, 2, -1),
+        "maps": place.view(grid).expand(num_images, -1, -1),
+        "boxes": torch.tensor([10.0, 20.0, 100.0, 80.0, 200.0, 300.0, 1.0]).expand(num_images, -1),
+        "patch_loss": place.flip(0).expand(num_images, -1),
+    }
+    return masking.call(strategy, tokens, noise, **(offered | given))
 
 
 def tiny_mae(**options) -> models_mae.MaskedAutoencoderViT:

@@ -7,9 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, environment, log_lines, run_main
-
-import masking
+from helpers import MODEL_STRATEGIES, ROOT, environment, log_lines, run_main
 
 WORKER = ROOT / "tests" / "step_worker.py"
 
@@ -32,8 +30,8 @@ def steps(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("layout", [(1, 3), (2, 1), (2, 2)], ids=str)
-@pytest.mark.parametrize("strategy", masking.available())
-@pytest.mark.parametrize("method", ["mae", "two terms"])
+@pytest.mark.parametrize("strategy", MODEL_STRATEGIES)
+@pytest.mark.parametrize("method", ["mae", "two terms", "partly decoded"])
 def test_loss_and_gradients_do_not_depend_on_the_layout(steps, method, strategy, layout):
     """The second method has a term with a denominator of its own, images in place of removed tokens."""
     expected, found = steps[(method, strategy, 1, 1)], steps[(method, strategy, *layout)]
@@ -48,7 +46,7 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(steps, method, strategy,
         assert len(set(expected["kept"])) > 2
 
 
-@pytest.mark.parametrize("method", ["mae", "two terms"])
+@pytest.mark.parametrize("method", ["mae", "two terms", "partly decoded"])
 def test_one_step_is_eq_2_over_the_global_batch(steps, method):
     """Sum over the removed tokens / their number: not a mean of the micro-batches' or processes' means."""
     values = steps[method, "sbam_amr", 2, 2]

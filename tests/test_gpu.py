@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import tiny_mae, varied_images
+from helpers import MODEL_STRATEGIES, tiny_mae, varied_images
 from test_packing import LENGTHS, each_alone
 
 import masking
@@ -42,7 +42,7 @@ def photographs(count: int) -> torch.Tensor:
     return torch.nn.functional.interpolate(varied_images(count), size=224, mode="bilinear")
 
 
-@pytest.mark.parametrize("name", masking.available())
+@pytest.mark.parametrize("name", [*MODEL_STRATEGIES, "block", "color", "inverse_block"])
 def test_masks_and_salience_equal_the_cpus(name):
     model, images, noise = base_model(name).cpu(), photographs(6), torch.rand(6, 196)
     tokens = model.embed(images)

@@ -8,7 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from helpers import golden, tensor
+from helpers import golden, masked, tensor
 
 import masking
 
@@ -46,25 +46,25 @@ def test_the_three_strategies_are_registered():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_a_mask_is_a_permutation_with_the_stated_counts(name, num_images, dtype):
     tokens = some_tokens(num_images).to(dtype)
-    assert_valid(masking.create(name)(tokens), num_images, 60)
+    assert_valid(masked(masking.create(name), tokens), num_images, 60)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("num_tokens", [16, 49, 196, 7 * 13])
 def test_any_number_of_tokens(name, num_tokens):
-    assert_valid(masking.create(name)(some_tokens(3, num_tokens)), 3, num_tokens)
+    assert_valid(masked(masking.create(name), some_tokens(3, num_tokens)), 3, num_tokens)
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_seed_or_the_noise_it_draws_gives_the_same_mask(name):
     tokens, strategy = some_tokens(), masking.create(name)
     torch.manual_seed(3)
-    first = strategy(tokens)
+    first = masked(strategy, tokens)
     torch.manual_seed(3)
-    again = strategy(tokens)
+    again = masked(strategy, tokens)
     torch.manual_seed(3)
-    given = strategy(tokens, noise=torch.rand(tokens.shape[:2]))
-    other = strategy(tokens)
+    given = masked(strategy, tokens, noise=torch.rand(tokens.shape[:2]))
+    other = masked(strategy, tokens)
     assert torch.equal(first.mask, again.mask)
     assert torch.equal(first.ids_restore, given.ids_restore)
     assert not torch.equal(first.ids_restore, other.ids_restore)
@@ -74,9 +74,9 @@ def test_a_seed_or_the_noise_it_draws_gives_the_same_mask(name):
 def test_images_of_a_batch_do_not_influence_each_other(name):
     tokens, strategy = some_tokens(), masking.create(name)
     noise = torch.rand(tokens.shape[:2])
-    batch = strategy(tokens, noise=noise)
+    batch = masked(strategy, tokens, noise=noise)
     for i in range(len(tokens)):
-        alone = strategy(tokens[i : i + 1], noise=noise[i : i + 1])
+        alone = masked(strategy, tokens[i : i + 1], noise=noise[i : i + 1])
         assert torch.equal(alone.mask[0], batch.mask[i])
         assert alone.num_keep[0] == batch.num_keep[i]
 
@@ -85,7 +85,7 @@ def test_images_of_a_batch_do_not_influence_each_other(name):
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 45.0])
 def test_flat_images_give_a_valid_mask(name, value):
     tokens = torch.full((3, 60, 24), value)
-    mask = masking.create(name)(tokens)
+    mask = masked(masking.create(name), tokens)
     assert_valid(mask, 3, 60)
     assert (masking.token_salience(tokens) == 0).all()
 
@@ -94,9 +94,9 @@ def test_flat_images_give_a_valid_mask(name, value):
 def test_no_gradient_and_no_autocast_reach_the_ranking(name):
     tokens, strategy = some_tokens(scale=8).requires_grad_(), masking.create(name)
     noise = torch.rand(tokens.shape[:2])
-    plain = strategy(tokens, noise=noise)
+    plain = masked(strategy, tokens, noise=noise)
     with torch.autocast("cpu", torch.bfloat16):
-        cast = strategy(tokens, noise=noise)
+        cast = masked(strategy, tokens, noise=noise)
     assert torch.equal(plain.ids_restore, cast.ids_restore)
     assert not plain.mask.requires_grad
 

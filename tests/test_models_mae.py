@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import golden, golden_json, tensor, tiny_mae, varied_images
+from helpers import MODEL_STRATEGIES, golden, golden_json, tensor, tiny_mae, varied_images
 from torch import nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -112,7 +112,7 @@ def test_amr_drops_tokens_for_each_image():
     assert latent.shape == (mask.num_keep.sum() + 6, 48)
 
 
-@pytest.mark.parametrize("name", masking.available())
+@pytest.mark.parametrize("name", MODEL_STRATEGIES)
 def test_every_strategy_trains(name):
     model = tiny_mae(masking=masking.create(name), norm_pix_loss=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -128,7 +128,7 @@ def test_every_strategy_trains(name):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", masking.available())
+@pytest.mark.parametrize("name", MODEL_STRATEGIES)
 def test_a_strategy_with_parameters_does_not_enter_the_state_dict(name):
     class Module(nn.Linear):
         def forward(self, tokens, noise=None):
@@ -139,7 +139,7 @@ def test_a_strategy_with_parameters_does_not_enter_the_state_dict(name):
     assert model(varied_images(2))[0].isfinite()
 
 
-@pytest.mark.parametrize("name", masking.available())
+@pytest.mark.parametrize("name", MODEL_STRATEGIES)
 def test_any_grid_and_channels(name):
     model = tiny_mae(img_size=(24, 40), patch_size=(4, 8), in_chans=2, masking=masking.create(name))
     loss, pred, mask = model(torch.randn(2, 2, 24, 40))
@@ -161,7 +161,7 @@ def test_masks_do_not_depend_on_autocast():
     assert torch.equal(plain, cast)
 
 
-@pytest.mark.parametrize("name", masking.available())
+@pytest.mark.parametrize("name", MODEL_STRATEGIES)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiling_changes_no_mask_and_no_number(name, backend):
     torch._dynamo.reset()
@@ -195,7 +195,7 @@ def test_compiling_changes_no_mask_and_no_number(name, backend):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("name", masking.available())
+@pytest.mark.parametrize("name", MODEL_STRATEGIES)
 def test_grad_checkpointing_changes_nothing(name):
     torch.manual_seed(0)
     model, images, noise = tiny_mae(masking=masking.create(name)), varied_images(6), torch.rand(6, 64)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from faults import injected
-from helpers import ROOT, refusal, run_main
+from helpers import MODEL_STRATEGIES, ROOT, refusal, run_main
 from runs import assert_same_run, content, flags, pretrain, stopped
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -26,7 +26,7 @@ from util.training import checkpoint
 from util.training.step import GradientStep
 
 
-@pytest.mark.parametrize("strategy", masking.available())
+@pytest.mark.parametrize("strategy", MODEL_STRATEGIES)
 def test_a_run_stopped_before_every_step_ends_like_one_that_was_not(pictures, tmp_path, strategy):
     pretrain(pictures, tmp_path / "whole", "--masking", strategy)
     stops = 0
@@ -36,6 +36,25 @@ def test_a_run_stopped_before_every_step_ends_like_one_that_was_not(pictures, tm
             stops += 1
     pretrain(pictures, tmp_path / "parts", "--masking", strategy)
     assert stops >= 6
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["block", "--masking_args", "min_patches=2", "attempts=3"],
+        ["inverse_block"],
+        ["color", "--decode_ratio", "0.5"],
+        ["schedule", "--masking_args", "of=sbam_amr", "end=0.5", "delta_r=0.1", "--decode_ratio", "1/3"],
+        ["schedule", "--masking_args", "of=random", "end=0.5", "shape=drawn"],
+    ],
+    ids=lambda given: given[0],
+)
+def test_every_mask_continues_bit_for_bit(pictures, tmp_path, given):
+    pretrain(pictures, tmp_path / "whole", "--masking", *given)
+    with injected([{"kind": "SIGTERM", "forward": 9}]):
+        stopped(pictures, tmp_path / "parts", "--masking", *given)
+    pretrain(pictures, tmp_path / "parts", "--masking", *given)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 

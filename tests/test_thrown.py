@@ -97,3 +97,19 @@ def test_noise_decides_which_are_predicted():
     part = masking.predict_part(mask, 0.25, noise)
     lowest = noise.masked_fill(~mask.mask, 2).argsort(dim=1)[:, :3]
     assert torch.equal(part.predicted, torch.zeros(2, 16, dtype=torch.bool).scatter(1, lowest, True))
+
+
+def test_a_count_that_varies_and_a_part_compile_without_a_graph_for_each():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    strategy = masking.create("schedule", end=0.25)
+    model, images = tiny_mae(masking=strategy), varied_images(8)
+    masks = [
+        masking.predict_part(model.choose_mask(images, torch.rand(8, 64), progress=progress), 0.5, torch.rand(8, 64))
+        for progress in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+    ]
+    plain = [model.forward_masked(images, mask)[0] for mask in masks]
+    model.compile_blocks(backend="aot_eager")
+    compiled = [model.forward_masked(images, mask)[0] for mask in masks]
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 6  # one for each count would be 18
