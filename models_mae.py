@@ -223,6 +223,14 @@ class MaskedAutoencoderViT(nn.Module):
         x = self.decoder_norm(self._run(self.decoder_blocks, x, layout))
         return self.decoder_pred(x)[:, 1:] if layout is None else self.decoder_pred(x[decoded.rows])
 
+    def place_decoded(self, pred: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Put predictions from `forward_decoder` where they belong: (N, L, P), 0 for thrown patches."""
+        if mask.decoded is None:
+            return pred
+        num_images, num_tokens = mask.mask.shape
+        whole = pred.new_zeros(num_images * num_tokens, pred.shape[-1])
+        return whole.index_copy(0, mask.decoded.patches, pred.flatten(0, -2)).view(num_images, num_tokens, -1)
+
     def forward_loss(self, images: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor | Mask) -> torch.Tensor:
         """Return the mean squared error over the predicted tokens of the batch, Eq. 2.
 

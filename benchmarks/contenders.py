@@ -26,12 +26,13 @@ class Contender:
     Attributes:
         step: takes one optimizer step.
         tensors: what stays in memory between steps, once a step was taken.
-        keep_lengths: kept patches of each image in the last step.
+        keep_lengths, decode_lengths: kept and decoded patches of each image in the last step.
     """
 
     step: Callable[[], object]
     tensors: Callable[[], list[torch.Tensor]]
     keep_lengths: list[int] = field(default_factory=list)
+    decode_lengths: list[int] = field(default_factory=list)
 
 
 class SpreadCounts(masking.SBAM):
@@ -99,19 +100,22 @@ class Ours:
         self.update = GradientStep(self.method, self.optimizer, scaler)
         self.averages, self.amp = Averages(device), amp
 
-    def contender(self, images: torch.Tensor, strategy: masking.base.Strategy) -> Contender:
-        """The step on `images` (N, C, H, W) with `strategy`."""
+    def contender(self, images: torch.Tensor, strategy: masking.base.Strategy, decode_ratio: float = 1.0) -> Contender:
+        """The step on `images` (N, C, H, W) with `strategy`, which predicts a share of the removed patches."""
         found = Contender(lambda: None, lambda: optimizer_tensors(self.model, self.optimizer))
 
         def watched(tokens: torch.Tensor, noise: torch.Tensor | None = None, **needed) -> Mask:
             mask = strategy(tokens, noise=noise, **needed)
             found.keep_lengths = list(mask.keep_lengths or (mask.ids_keep.shape[1],) * len(tokens))
+            removed = [tokens.shape[1] - kept for kept in found.keep_lengths]
+            shares = [max(1, int(decode_ratio * count)) for count in removed]
+            found.decode_lengths = [k + share for k, share in zip(found.keep_lengths, shares, strict=True)]
             return mask
 
         watched.reads_tokens, watched.needs = masking.reads_tokens(strategy), masking.base.needs(strategy)
 
         def step() -> None:
-            self.method.strategy = watched
+            self.method.strategy, self.method.decode_ratio = watched, decode_ratio
             train_step(self.method, [Inputs([images])], At(0, 0.0, 1), self.update, self.averages, self.amp)
 
         found.step = step

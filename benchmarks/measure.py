@@ -14,11 +14,18 @@ from benchmarks.timing import wait_for_device
 from models_mae import MaskedAutoencoderViT
 
 
-def training_flops(model: MaskedAutoencoderViT, keep_lengths: list[int]) -> float:
-    """FLOPs of forward and backward for images that keep `keep_lengths` patches: three times the forward pass.
+def training_flops(
+    model: MaskedAutoencoderViT, keep_lengths: list[int], decode_lengths: list[int] | None = None
+) -> float:
+    """Count the FLOPs of forward and backward, three times the forward pass.
 
-    Counts the model's matrix products (a multiplication and an addition are two), every patch embedded once; neither
-    salience, nor normalisation, nor what is computed again.
+    Args:
+        model: whose step it is.
+        keep_lengths: kept patches of each image.
+        decode_lengths: patches of each image that pass through the decoder; all if None.
+
+    These are the model's matrix products (a multiplication and an addition are two), every patch embedded once:
+    neither salience, nor normalisation, nor what is computed again.
     """
     num_images, num_tokens = len(keep_lengths), model.num_patches
     patch = model.patch_embed.proj
@@ -28,8 +35,9 @@ def training_flops(model: MaskedAutoencoderViT, keep_lengths: list[int]) -> floa
     total = num_images * num_tokens * pixels * width
     total += sum(_block_products(model.blocks, width, length) for length in lengths)
     total += sum(lengths) * width * decoder_width
-    total += num_images * _block_products(model.decoder_blocks, decoder_width, num_tokens + 1)
-    total += num_images * (num_tokens + 1) * decoder_width * pixels
+    decoded = [number + 1 for number in decode_lengths or [num_tokens] * num_images]
+    total += sum(_block_products(model.decoder_blocks, decoder_width, length) for length in decoded)
+    total += sum(decoded) * decoder_width * pixels
     return 3 * 2 * total
 
 

@@ -48,20 +48,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The flags of `train` and `growth`."""
     parser = argparse.ArgumentParser(prog="scripts/benchmark.py train", description=main.__doc__)
     gpu = torch.cuda.is_available()
+    add_device_flags(parser)
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["base", "large"] if gpu else ["base"])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
-    parser.add_argument("--amp", choices=("bf16", "fp16", "none"), help="default: bf16 on a GPU, none on the CPU")
     parser.add_argument("--batch_size", type=int, help="default: 16 on the CPU, as many as fit up to 512 on a GPU")
-    parser.add_argument("--rounds", type=int, default=10 if gpu else 5, help="times every contender has its turn")
     parser.add_argument("--repeats", type=int, default=3 if gpu else 1, help="steps in one turn")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu, help="also with torch.compile")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these lines of the table, and random")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also other codes' steps")
+    return parser.parse_args(argv)
+
+
+def add_device_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that all timings share."""
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
+    parser.add_argument("--amp", choices=("bf16", "fp16", "none"), help="default: bf16 on a GPU, none on the CPU")
+    parser.add_argument("--rounds", type=int, default=10 if gpu else 5, help="times every contender has its turn")
     parser.add_argument(
         "--clock", choices=sorted(CLOCKS), default="wall", help="cpu: for a machine that others use too"
     )
     parser.add_argument("--json", type=cli.path_text, help="file for the numbers")
-    return parser.parse_args(argv)
 
 
 def compare(
@@ -94,12 +100,16 @@ def compare(
     share = ratio(seconds, "salience alone", REFERENCE)
     rows.append({"step": "salience alone", "ms": _milliseconds(seconds["salience alone"]), "time": share.format()})
     print(f"\n## {title}, {batch_size} images, {amp}, {arguments.rounds} rounds\n\n{report.table(rows)}\n", flush=True)
-    print("time: times the step of random, of the packed ones times that of fixed; salience: times the step of random")
+    print("time: times the step of random; of spread ones that of fixed; of a decoded part that of its own strategy")
     return {"batch_size": batch_size, "rows": rows, "seconds": seconds}
 
 
 def _ours(ours: Ours, images: torch.Tensor) -> dict[str, Contender]:
-    return {name: ours.contender(images, masking.create(name)) for name in ("random", "sbam", "sbam_amr")}
+    found = {name: ours.contender(images, masking.create(name)) for name in ("random", "sbam", "sbam_amr")}
+    for share in (0.5, 0.25):
+        found[f"random, decode {share}"] = ours.contender(images, masking.create("random"), decode_ratio=share)
+    found["sbam_amr, decode 0.5"] = ours.contender(images, masking.create("sbam_amr"), decode_ratio=0.5)
+    return found
 
 
 def _packing(name: str, images: torch.Tensor, amp: str, compiled: bool) -> dict[str, Contender]:
@@ -127,8 +137,8 @@ def _row(
 ) -> dict[str, str]:
     lengths = contender.keep_lengths or [masking.keep_count(ours.model.num_patches, 0.75)] * batch_size
     time = Spread.of(seconds[label])
-    tflops = training_flops(ours.model, lengths) / time.median / 1e12
-    reference = "fixed" if label.startswith("spread") else REFERENCE
+    tflops = training_flops(ours.model, lengths, contender.decode_lengths) / time.median / 1e12
+    reference = "fixed" if label.startswith("spread") else "sbam_amr" if label.startswith("sbam_amr,") else REFERENCE
     return {
         "step": label,
         "images/s": short(batch_size / time.median),

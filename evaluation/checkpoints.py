@@ -136,7 +136,8 @@ def _opened(
 ) -> Opened:
     normalize = transforms.Normalize(*base.channel_statistics(settings)).to(device)
     strategy = base.create_strategy(settings)
-    masking.check(strategy, model.num_patches, model.cls_token.shape[-1])
+    grid, width = model.patch_embed.grid_size, model.cls_token.shape[-1]
+    masking.check(strategy, model.num_patches, width, grid=grid, offers=masking.NEEDS)
     return Opened(model.to(device).eval(), settings, strategy, normalize, **facts)
 
 

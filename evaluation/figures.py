@@ -13,20 +13,50 @@ from util.config import PretrainSettings
 from util.data import transforms
 from util.ratios import exact_ratio
 
+# What a strategy gets of what it may need: the end of the training, and the middle of what is drawn for a step.
+_OFFERED = {"progress": 1.0, "draw": 0.5}
+
+
+def drawable(strategy: masking.base.Strategy) -> bool:
+    """Return whether `strategy` can mask outside of a training: it needs no teacher."""
+    return masking.base.needs(strategy) <= {"grid", *_OFFERED}
+
+
+def choose_mask(model: nn.Module, strategy: masking.base.Strategy, tokens: torch.Tensor, noise: torch.Tensor):
+    """Mask tokens (N, L, D) of `model` by noise (N, L), as `strategy` does at the end of the training."""
+    return masking.call(strategy, tokens, noise, grid=model.patch_embed.grid_size, **_OFFERED)
+
 
 def standard_strategies(settings: PretrainSettings, own: masking.base.Strategy, num_patches: int) -> dict:
-    """The three strategies at the run's mask ratio and temperature; `own` replaces its namesake, or comes as "own"."""
+    """Return the three strategies at the run's mask ratio and temperature, by name.
+
+    `own` replaces its namesake or stands beside them, as "own" if it has no name, unless it cannot be drawn.
+    """
     ratio = float(exact_ratio(settings.mask_ratio))
     # All of AMR's ratios must leave at least one token and remove one.
     width = max(0.0, round(min(0.15, ratio - 1 / num_patches, 0.99 - ratio), 6))
     shared = {"mask_ratio": ratio, "temperature": temperature_of(own)}
     found = {"random": masking.create("random", mask_ratio=ratio), "sbam": masking.create("sbam", **shared)}
     found["sbam_amr"] = masking.create("sbam_amr", **shared, delta_r=width)
-    return found | {own_name(settings): own}
+    return found | ({_name(settings): own} if drawable(own) else {})
 
 
-def own_name(settings: PretrainSettings) -> str:
-    """The run's strategy among `standard_strategies`."""
+def every_strategy(settings: PretrainSettings, own: masking.base.Strategy, num_patches: int) -> dict:
+    """Return `standard_strategies` and every other registered one that can be drawn, each with its own defaults."""
+    found = standard_strategies(settings, own, num_patches)
+    for name in masking.available():
+        if name not in found and name != "schedule":  # which masks as another one does
+            strategy = masking.create(name, mask_ratio=settings.mask_ratio)
+            found |= {name: strategy} if drawable(strategy) else {}
+    return found
+
+
+def own_name(settings: PretrainSettings, own: masking.base.Strategy) -> str:
+    """Return the name of the run's strategy among `standard_strategies`, "random" if it cannot be drawn."""
+    return _name(settings) if drawable(own) else "random"
+
+
+def _name(settings: PretrainSettings) -> str:
     return settings.masking if settings.masking in masking.available() else "own"
 
 
@@ -70,7 +100,7 @@ def columns(
     salience = masking.token_salience(tokens, temperature).view(-1, *grid).cpu()
     title = "image\n(without channel 4)" if images.shape[1] == 4 else "image"
     found = [drawing.Column(title, images), drawing.Column("salience", salience)]
-    masks = {name: masking.call(strategy, tokens, noise, grid=grid) for name, strategy in strategies.items()}
+    masks = {name: choose_mask(model, strategy, tokens, noise) for name, strategy in strategies.items()}
     for name, mask in masks.items():
         removed, shares = mask.mask.cpu(), mask.mask.float().mean(dim=1).tolist()
         captions = tuple(f"{share:.0%} removed" for share in shares)
@@ -79,7 +109,7 @@ def columns(
     if rebuilt is None:
         return found
     mask = masks[rebuilt]
-    pred = model.forward_decoder(model.encode(tokens, mask), mask).float()
+    pred = model.place_decoded(model.forward_decoder(model.encode(tokens, mask), mask), mask).float()
     rebuilt_pixels = reconstruct(model, pred, normalized, normalize).cpu()
     how = "\n(mean, std: image's)" if model.norm_pix_loss else ""
     found.append(drawing.Column(f"rebuilt: {rebuilt}{how}", rebuilt_pixels))
@@ -110,7 +140,7 @@ def salience_statistics(
         salient_share: share of tokens with salience above the strategy's `delta` (0.1 where it has none).
         salience_entropy: entropy of the salience, as shares that sum to 1, over that of equal shares: 1 is spread out,
             0 is all on one token. 1 for an image without salience.
-        mask_ratio: share of tokens that `strategy` removes.
+        mask_ratio: share of tokens that `strategy` removes, if it is `drawable`.
     """
     tokens = model.embed(images)
     salience = masking.token_salience(tokens, temperature_of(strategy))  # (N, L)
@@ -118,9 +148,10 @@ def salience_statistics(
     share = torch.where(total > 0, salience / total.clamp_min(1e-12), 1 / salience.shape[1])
     entropy = torch.special.entr(share).sum(dim=1) / math.log(salience.shape[1])
     noise = torch.full_like(salience, 0.5)  # counts do not depend on it
-    mask = masking.call(strategy, tokens, noise, grid=model.patch_embed.grid_size)
-    return {
+    found = {
         "salient_share": (salience > getattr(strategy, "delta", 0.1)).float().mean(dim=1),
         "salience_entropy": entropy,
-        "mask_ratio": mask.mask.float().mean(dim=1),
     }
+    if drawable(strategy):
+        found["mask_ratio"] = choose_mask(model, strategy, tokens, noise).mask.float().mean(dim=1)
+    return found

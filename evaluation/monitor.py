@@ -142,7 +142,7 @@ class Monitor:
             values["knn"] = features.knn_accuracy(self._features(model, self._sets.train), val)
         found = salience_of_set(model, self._sets.val, self.normalize, self.strategy, self.settings.num_workers)
         values |= {name: numbers.mean().item() for name, numbers in found.items()}
-        return Look(values, found["mask_ratio"])
+        return Look(values, found.get("mask_ratio"))
 
     def picture(self, model: nn.Module) -> Figure:
         """The fixed images as the model sees them now."""
@@ -150,7 +150,7 @@ class Monitor:
         count = min(SHOWN_IMAGES, len(images))
         pixels = torch.stack([images[0, index * len(images) // count][0] for index in range(count)])
         strategies = figures.standard_strategies(self.settings, self.strategy, model.num_patches)
-        rebuilt, temperature = figures.own_name(self.settings), figures.temperature_of(self.strategy)
+        rebuilt, temperature = figures.own_name(self.settings, self.strategy), figures.temperature_of(self.strategy)
         return drawing.draw(
             figures.columns(model, pixels, self.normalize, strategies, rebuilt=rebuilt, temperature=temperature)
         )

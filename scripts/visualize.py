@@ -4,6 +4,7 @@
 scripts/visualize.py output/run/checkpoint-last.pth picture.jpg folder/ --output masks.png
 scripts/visualize.py --model mae_vit_base_patch16 picture.jpg         # an untrained model
 scripts/visualize.py output/digits/checkpoint-last.pth --dataset digits
+scripts/visualize.py output/run/checkpoint-last.pth picture.jpg --masking all   # every strategy there is
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ def main(argv: list[str] | None = None) -> None:
         opened.normalize,
         strategies,
         temperature=figures.temperature_of(opened.strategy),
-        rebuilt=rebuilt if opened.has_decoder else None,
+        rebuilt=rebuilt if opened.has_decoder and (opened.trained or given.masking != "all") else None,
         seed=given.seed,
     )
     if not opened.has_decoder:
         print("the checkpoint has no decoder: the picture shows salience and masks, without a reconstruction")
-    if not opened.trained:
+    if not opened.trained and given.masking != "all":
         print(f"{given.model} is untrained: its reconstruction is noise")
     for note in filter(None, [opened.assumed, *opened.refused.values()]):
         print(f"note: {note}")
     with cli.exit_on_user_error():
         try:
-            drawing.save(drawing.draw(columns), given.output)
+            drawing.save(drawing.draw(columns, cell=1.1 if len(columns) > 8 else 1.5), given.output)
         except OSError as error:
             raise ValueError(f"--output {given.output}: cannot be written ({error.strerror})") from error
     print(f"picture: {given.output}")
@@ -82,7 +83,7 @@ def check_numbers(given: argparse.Namespace) -> None:
 def open_model(given: argparse.Namespace) -> tuple[checkpoints.Opened, list[str]]:
     """The checkpoint or the untrained `--model`, and the pictures' places among the arguments."""
     names = ("model", "input_size", "patch_size", "in_chans", "norm_pix_loss", "masking")
-    changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    changes = {name: getattr(given, name) for name in names if getattr(given, name) not in (None, "all")}
     if given.mask_ratio is not None:
         changes |= {"mask_ratio": str(given.mask_ratio)}
     first, *rest = given.inputs or [""]
@@ -123,13 +124,15 @@ def picture(images: measure.Named, index: int) -> torch.Tensor:
 
 
 def choose_strategies(given: argparse.Namespace, opened: checkpoints.Opened) -> tuple[dict, str]:
-    """Strategies by name, and the one that is reconstructed: the checkpoint's, unless `--rebuild` names another."""
+    """Return the strategies by name, and the one to reconstruct: the checkpoint's, unless `--rebuild` names another."""
     if not given.rebuild:
         opened.require("masking")
-    strategies = figures.standard_strategies(opened.settings, opened.strategy, opened.model.num_patches)
+    choose = figures.every_strategy if given.masking == "all" else figures.standard_strategies
+    strategies = choose(opened.settings, opened.strategy, opened.model.num_patches)
+    width, grid = opened.model.cls_token.shape[-1], opened.model.patch_embed.grid_size
     for name in strategies:
-        masking.check(strategies[name], opened.model.num_patches, opened.model.cls_token.shape[-1])
-    rebuilt = given.rebuild or figures.own_name(opened.settings)
+        masking.check(strategies[name], opened.model.num_patches, width, grid=grid)
+    rebuilt = given.rebuild or figures.own_name(opened.settings, opened.strategy)
     if rebuilt not in strategies:
         raise ValueError(f"--rebuild {rebuilt}: choose one of {', '.join(strategies)}")
     return strategies, rebuilt
@@ -159,7 +162,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rows", type=int, default=6, help="pictures at most")
     parser.add_argument("--rebuild", help="strategy whose mask is reconstructed; default: the checkpoint's own")
     parser.add_argument("--mask_ratio", type=exact_ratio, help="such as 0.75 or 32/49; default: the checkpoint's")
-    parser.add_argument("--masking", help="needed where it is your own module:Class, which a checkpoint may not choose")
+    parser.add_argument(
+        "--masking", help="all, or your own module:Class, which a checkpoint may not choose; default: the three"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the masks' noise")
     parser.add_argument("--crop_pct", type=float, default=1.0, help="centre crop over resized side")
     parser.add_argument("--dataset", choices=["digits"], help="the built-in digits instead of pictures")

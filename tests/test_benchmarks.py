@@ -25,6 +25,10 @@ def test_flops_are_those_that_torch_counts():
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         model.forward_decoder(model.encode(model.embed(images), mask), mask)
     assert training_flops(model, [16, 16, 16]) == 3 * counter.get_total_flops()
+    part = masking.predict_part(mask, 0.5)  # the class token's prediction is counted, though it is not computed
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        model.forward_decoder(model.encode(model.embed(images), part), part)
+    assert training_flops(model, [16, 16, 16], [40, 40, 40]) == 3 * counter.get_total_flops()
 
 
 @pytest.mark.parametrize("num_images", [1, 2, 5, 8])
@@ -76,4 +80,4 @@ def test_an_unknown_benchmark_is_one_sentence():
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "speed"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert result.returncode == 2
-    assert "say train, growth, save or data" in result.stderr
+    assert "say train, masks, growth, save or data" in result.stderr
