@@ -63,7 +63,16 @@ class Cells:
             scores: (N, count).
             num_keep: one int for all images, or (N,) integers: cells, between 1 and count - 1.
             stats: handed through to `Mask.stats`.
+
+        Raises:
+            ValueError: all cells would be kept.
         """
+        if not isinstance(num_keep, torch.Tensor) and not 0 < num_keep < self.count:
+            least = f"; the ratio must be at least 1/{self.count}" if self.count > 1 else ""
+            raise ValueError(
+                f"the mask ratio would keep {num_keep} of {self.count} cells of {self.side} x {self.side} patches; at "
+                f"least one must be kept and one removed{least}: change the ratio, the cell or the image size"
+            )
         if self.side == 1:
             return mask_from_scores(scores, num_keep, stats)
         rank = ranks(scores)  # equal scores of two cells must not mix their tokens

@@ -28,6 +28,23 @@ def test_the_example_strategy_works(document, tmp_path, monkeypatch):
     assert all(norm[removed].min() >= norm[~removed].max() for norm, removed in zip(norms, mask.mask, strict=True))
 
 
+def test_the_example_that_needs_the_grid_works(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "MASKING.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "class Middle" in block]
+    (tmp_path / "example_middle.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    strategy = masking.create("example_middle:Middle", mask_ratio=0.75, randomness=0)
+    mask = masking.call(strategy, torch.zeros(2, 64, 8), grid=(8, 8)).mask.view(2, 8, 8)
+    assert mask[:, 2:6, 2:6].all()
+    assert not mask[:, [0, 0, 7, 7], [0, 7, 0, 7]].any()
+
+
+def test_every_strategy_has_a_row():
+    text = (ROOT / "docs" / "MASKING.md").read_text()
+    for name in masking.available():
+        assert f"\n| `{name}`" in text, name
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_and_named_files_exist(path):
     text = path.read_text()
