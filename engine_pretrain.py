@@ -26,5 +26,5 @@ def train_one_epoch(method: Method, job: Job, update: GradientStep, epoch: int) 
         batches = [method.inputs(batch, context.settings.seed, context.device) for batch in step.micro_batches]
         outcome = train_step(method, batches, step.at, update, step.averages, context.amp)
         step.done(outcome)
-    method.after_epoch(job.after(epoch), job.loader.dataset.images)
+    method.after_epoch(job.after(epoch), job.whole_set(epoch))
     return job.means()

@@ -59,6 +59,8 @@ def train(context: Context, inputs: Inputs) -> None:
     optimizer = optim.pretrain_adamw(method.parameter_groups(settings.weight_decay), context.device)
     state = TrainingState(context, method, optimizer, loader)
     state.restore()
+    with cli.exit_on_user_error():
+        method.begin(state.start_epoch, len(inputs.images), context.amp)
     forward = world.wrap(method, context.device, loader.plan.accumulates)
     update = GradientStep(forward, optimizer, state.scaler, settings.clip_grad, method.clip_each)
     job = Job(context, state, method.shown)

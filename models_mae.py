@@ -148,13 +148,14 @@ class MaskedAutoencoderViT(nn.Module):
             images: normalised.
             noise: (N, L) in [0, 1), replaces the strategy's own draw.
             strategy: asked in place of the model's own.
-            offered: what a strategy may need besides the grid, see `masking.NEEDS`.
+            offered: what a strategy may need besides grid and patch size, see `masking.NEEDS`.
         """
         with torch.autocast(images.device.type, enabled=False):
             strategy = strategy or self.masking
             reads = masking_strategies.reads_tokens(strategy)
             tokens = self.embed(images) if reads else self.pos_embed[:, 1:].expand(len(images), -1, -1)
-            return masking_strategies.call(strategy, tokens, noise, grid=self.patch_embed.grid_size, **offered)
+            sizes = {"grid": self.patch_embed.grid_size, "patch_size": self.patch_embed.patch_size}
+            return masking_strategies.call(strategy, tokens, noise, **sizes, **offered)
 
     def encode(self, tokens: torch.Tensor, mask: Mask | None) -> torch.Tensor:
         """Run the class token and the kept tokens through the encoder.
@@ -171,6 +172,21 @@ class MaskedAutoencoderViT(nn.Module):
             return self._encode_kept(tokens.flatten(0, 1)[mask.kept.patches], mask)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)  # (N, 1, D)
         return self.norm(self._run(self.blocks, torch.cat([cls_token, tokens], dim=1)))
+
+    @torch.no_grad()
+    def class_attention(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute how the class token attends to the patches in the last block, no patch removed.
+
+        Args:
+            images: (N, C, H, W), normalised.
+
+        Returns:
+            (N, heads, L) fp32, after the softmax; the class token's attention to itself is left out.
+        """
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        x = self._run(self.blocks[:-1], torch.cat([cls_token, self.embed(images)], dim=1))
+        last = self.blocks[-1]
+        return last.attn.weights_of_first(last.norm1(x))[..., 1:]
 
     def _encode_kept(self, tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
         """`encode` for the kept tokens (T, D) alone."""

@@ -173,7 +173,7 @@ def _ours_crop(exact: bool) -> Crop:
     transform = (crop.PictureCrop if exact else crop.PixelCrop)(SIZE, SCALE, 0.5)
 
     def run(data: bytes) -> np.ndarray:
-        pixels, flip = transform(decode.to_picture(data, "RGB") if exact else decode.to_pixels(data, 3))
+        pixels, flip, _ = transform(decode.to_picture(data, "RGB") if exact else decode.to_pixels(data, 3))
         return (pixels.flip(1) if flip else pixels).numpy()
 
     return run
@@ -221,7 +221,7 @@ def _with_decoder(decoder: Callable[[bytes], torch.Tensor]) -> Crop:
     transform = crop.PixelCrop(SIZE, SCALE, 0.5)
 
     def run(data: bytes) -> np.ndarray:
-        pixels, flip = transform(decoder(data))
+        pixels, flip, _ = transform(decoder(data))
         return (pixels.flip(1) if flip else pixels).numpy()
 
     return run

@@ -19,12 +19,23 @@ _OFFERED = {"progress": 1.0, "draw": 0.5}
 
 def drawable(strategy: masking.base.Strategy) -> bool:
     """Return whether `strategy` can mask outside of a training: it needs no teacher."""
-    return masking.base.needs(strategy) <= {"grid", *_OFFERED}
+    return masking.base.needs(strategy) <= {"grid", "patch_size", "maps", "boxes", *_OFFERED}
 
 
-def choose_mask(model: nn.Module, strategy: masking.base.Strategy, tokens: torch.Tensor, noise: torch.Tensor):
-    """Mask tokens (N, L, D) of `model` by noise (N, L), as `strategy` does at the end of the training."""
-    return masking.call(strategy, tokens, noise, grid=model.patch_embed.grid_size, **_OFFERED)
+def choose_mask(
+    model: nn.Module, strategy: masking.base.Strategy, images: torch.Tensor, noise: torch.Tensor
+) -> masking.Mask:
+    """Mask normalised images (N, C, H, W) by noise (N, L) as `strategy` does at the end of the training.
+
+    Attention maps are those of `model`, and the images whole.
+    """
+    offered = dict(_OFFERED)
+    if "maps" in masking.base.needs(strategy):
+        offered["maps"] = masking.attention_map(model.class_attention(images)).view(-1, *model.patch_embed.grid_size)
+        height, width = images.shape[2:]
+        whole = torch.tensor([0.0, 0.0, height, width, height, width, 0.0], device=images.device)
+        offered["boxes"] = whole.expand(len(images), -1)
+    return model.choose_mask(images, noise, strategy, **offered)
 
 
 def standard_strategies(settings: PretrainSettings, own: masking.base.Strategy, num_patches: int) -> dict:
@@ -46,7 +57,8 @@ def every_strategy(settings: PretrainSettings, own: masking.base.Strategy, num_p
     found = standard_strategies(settings, own, num_patches)
     for name in masking.available():
         if name not in found and name != "schedule":  # which masks as another one does
-            strategy = masking.create(name, mask_ratio=settings.mask_ratio)
+            ratio = {} if name == "amt" else {"mask_ratio": settings.mask_ratio}  # amt's counts what it throws, too
+            strategy = masking.create(name, **ratio)
             found |= {name: strategy} if drawable(strategy) else {}
     return found
 
@@ -100,12 +112,16 @@ def columns(
     salience = masking.token_salience(tokens, temperature).view(-1, *grid).cpu()
     title = "image\n(without channel 4)" if images.shape[1] == 4 else "image"
     found = [drawing.Column(title, images), drawing.Column("salience", salience)]
-    masks = {name: choose_mask(model, strategy, tokens, noise) for name, strategy in strategies.items()}
+    masks = {name: choose_mask(model, strategy, normalized, noise) for name, strategy in strategies.items()}
     for name, mask in masks.items():
         removed, shares = mask.mask.cpu(), mask.mask.float().mean(dim=1).tolist()
         captions = tuple(f"{share:.0%} removed" for share in shares)
         hidden = drawing.hide(images, removed, grid)
-        found.append(drawing.Column(f"mask: {name}", hidden, captions, removed.bool().view(-1, *grid)))
+        if mask.thrown is not None:
+            captions = tuple(f"{share:.0%}, black: thrown" for share in shares)
+            hidden = drawing.hide(hidden, mask.thrown.cpu(), grid, grey=0.0)
+        title = name if len(masks) > 4 else f"mask: {name}"
+        found.append(drawing.Column(title, hidden, captions, removed.bool().view(-1, *grid)))
     if rebuilt is None:
         return found
     mask = masks[rebuilt]
@@ -153,5 +169,5 @@ def salience_statistics(
         "salience_entropy": entropy,
     }
     if drawable(strategy):
-        found["mask_ratio"] = choose_mask(model, strategy, tokens, noise).mask.float().mean(dim=1)
+        found["mask_ratio"] = choose_mask(model, strategy, images, noise).mask.float().mean(dim=1)
     return found

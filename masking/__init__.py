@@ -3,6 +3,7 @@
 Convention, everywhere in this project: 1 / True = removed (masked), 0 / False = kept.
 """
 
+from masking.attention import AttentionMasking, AttentionThrowing, attention_map, crop_map
 from masking.base import NEEDS, available, call, check, create, draw_noise, keep_count, reads_tokens, register
 from masking.block import BlockMasking, InverseBlockMasking
 from masking.color import ColorMasking
@@ -14,6 +15,8 @@ from masking.uniform import RandomMasking
 __all__ = [
     "NEEDS",
     "SBAM",
+    "AttentionMasking",
+    "AttentionThrowing",
     "BlockMasking",
     "ColorMasking",
     "InverseBlockMasking",
@@ -22,10 +25,12 @@ __all__ = [
     "SBAMAdaptive",
     "ScheduledRatio",
     "adaptive_mask_ratio",
+    "attention_map",
     "available",
     "call",
     "check",
     "create",
+    "crop_map",
     "draw_noise",
     "keep_count",
     "mask_from_scores",

@@ -21,6 +21,7 @@ Strategy = Callable[..., "Mask"]  # (tokens (N, L, D), noise (N, L) or None, and
 
 NEEDS = {
     "grid": "(rows, columns) of the patches",
+    "patch_size": "(height, width) of a patch in pixels",
     "progress": "share of the training that is over, from 0 to 1",
     "draw": "one number in [0, 1) for all images of a step, a function of (seed, step)",
     "attention": "(N, heads, L) attention of the teacher's class token to the patches, after the softmax",
@@ -130,7 +131,7 @@ def check(
     embed_dim: int = 8,
     *,
     grid: tuple[int, int] | None = None,
-    offers: Iterable[str] = ("grid", "progress", "draw"),
+    offers: Iterable[str] = ("grid", "patch_size", "progress", "draw"),
     giver: str = "this method",
 ) -> None:
     """Call `strategy` once on blank tokens of one image.
@@ -162,6 +163,7 @@ def _blank(num_tokens: int, grid: tuple[int, int]) -> dict:
     """Return all that a strategy may need, of one image without content."""
     return {
         "grid": grid,
+        "patch_size": (2, 2),
         "progress": 0.0,
         "draw": 0.5,
         "attention": torch.full((1, 1, num_tokens), 1 / num_tokens),

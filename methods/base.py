@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 
 import masking
 import models_mae
+from methods.attention_maps import AttentionMaps
 from util import cli, seeding
 from util.config import PretrainSettings
 from util.data import transforms
@@ -25,6 +27,7 @@ from util.registry import Registry
 from util.training import strategy_state
 from util.training.averages import Averages
 from util.training.step import At, Loss
+from util.training.whole_set import WholeSet
 
 __all__ = ["At", "Inputs", "Loss", "Method", "Plan", "available", "create", "from_settings", "register"]
 
@@ -39,7 +42,7 @@ class Inputs(NamedTuple):
         views: (N, C, H_v, W_v) each, normalised. A masked autoencoder has one.
         noise: (N, L) in [0, 1), what the masks draw, a function of (seed, step).
         index: (N,) int64, number of each picture in the data set.
-        boxes: what the views say of their crops, or None.
+        boxes: (N, 7) crop and flip of the first view, see `masking.NEEDS`.
         draw: one number in [0, 1) for all images of the step.
         decode_noise: (N, L) in [0, 1) that draws which removed tokens are predicted, where only a part is.
         targets: (N,) classes or (N, classes) probabilities, of labelled images only.
@@ -103,7 +106,7 @@ class Method(nn.Module):
 
     clip_each = False
     may_freeze: tuple[str, ...] = ()
-    offers: frozenset[str] = frozenset({"grid", "progress", "draw"})
+    offers: frozenset[str] = frozenset({"grid", "patch_size", "progress", "draw", "maps", "boxes"})
     shown: tuple[str, ...] = ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "grad_norm")
 
     def __init__(self, model: nn.Module, strategy: masking.base.Strategy | None = None):
@@ -114,6 +117,8 @@ class Method(nn.Module):
         self.set_normalize(None)
         self.masking_warmup_epochs, self.decode_ratio = 0, 1.0
         self._warmup: masking.base.Strategy | None = None
+        self.maps: AttentionMaps | None = None  # where the strategy needs them
+        self.amp = "none"
 
     @classmethod
     def from_settings(cls, settings: PretrainSettings, **options) -> Method:
@@ -130,6 +135,10 @@ class Method(nn.Module):
         warmup_ratio = getattr(strategy, "warmup_ratio", settings.mask_ratio)
         method._warmup = masking.create("random", mask_ratio=warmup_ratio)
         method.decode_ratio = exact_ratio(settings.decode_ratio)
+        if "maps" in masking.base.needs(strategy):
+            folders = [Path(settings.output_dir), *([Path(settings.resume).parent] if settings.resume else [])]
+            every = getattr(strategy, "refresh_epochs", 40)
+            method.maps = AttentionMaps(folders, every, settings.epochs, model.patch_embed.grid_size)
         size, scale = model.patch_embed.img_size, tuple(settings.crop_scale)
         method.views = transforms.pretrain_transform(size, scale, settings.hflip, settings.exact_resize)
         method.set_normalize(transforms.Normalize(*channel_statistics(settings)))
@@ -152,16 +161,17 @@ class Method(nn.Module):
         """Put a micro-batch on the device: normalised views, and what the masks draw.
 
         Args:
-            micro_batch: collated `views`, on the host; here pixels (N, H, W, C) uint8 and flips (N,) bool.
+            micro_batch: collated `views`, on the host; here pixels (N, H, W, C) uint8, flips (N,) bool, boxes (N, 6).
             seed: of the run.
             device: where to.
         """
-        pixels, flips = (tensor.to(device, non_blocking=True) for tensor in micro_batch.batch[0])
+        pixels, flips, boxes = (tensor.to(device, non_blocking=True) for tensor in micro_batch.batch[0])
         images = self.normalize(pixels.permute(0, 3, 1, 2).contiguous(), flips)
         return Inputs(
             [images],
             self.noise(micro_batch, seed, device),
             torch.tensor(micro_batch.indices),
+            torch.cat([boxes, flips[:, None].to(boxes.dtype)], dim=1),
             draw=seeding.step_draw(seed, micro_batch.step),
             decode_noise=self.noise(micro_batch, seed, device, seeding.DECODE) if self.decode_ratio < 1 else None,
         )
@@ -178,8 +188,11 @@ class Method(nn.Module):
         return self._warmup if at.epoch < self.masking_warmup_epochs else self.strategy
 
     def offered(self, inputs: Inputs, at: At) -> dict:
-        """Return what `offers` names, besides the grid, for the first view of a micro-batch."""
-        return {"progress": at.progress, "draw": inputs.draw}
+        """Return what `offers` names, besides grid and patch size, for the first view of a micro-batch."""
+        found = {"progress": at.progress, "draw": inputs.draw, "boxes": inputs.boxes}
+        if self.maps is not None:
+            found["maps"] = self.maps.of(inputs.index, int(at.epoch), inputs.views[0].device)
+        return found
 
     def choose_mask(self, inputs: Inputs, at: At) -> masking.Mask:
         """Ask the strategy which tokens of the first view to remove, and draw which of them to predict."""
@@ -209,8 +222,23 @@ class Method(nn.Module):
     def after_step(self, at: At, taken: torch.Tensor) -> None:
         """Move teacher and centres. `taken` is 0-dim, on the device: a step that was skipped must change nothing."""
 
-    def after_epoch(self, at: At, images) -> None:
-        """Do what is due between two epochs, such as attention maps of all `images`."""
+    def begin(self, epoch: int, num_images: int, amp: str) -> None:
+        """Prepare for the epochs from `epoch` on. ValueError: something that they need is missing.
+
+        Args:
+            epoch: 0-based, the first to train.
+            num_images: of the training set.
+            amp: the run's format: bf16, fp16 or none.
+        """
+        self.amp = amp
+        if self.maps is not None and self.maps.made_after(epoch) is not None:
+            self.maps.find(self.maps.made_after(epoch), num_images)
+
+    def after_epoch(self, at: At, images: WholeSet) -> None:
+        """Do what is due between two epochs: here the attention maps of all `images`, where the strategy needs them."""
+        epoch = round(at.epoch) - 1
+        if self.maps is not None and self.maps.due(epoch):
+            self.maps.make(self.model, self.normalize, images, epoch, self.amp)
 
     def side_state(self) -> dict[str, torch.Tensor]:
         """Return the state outside `model`, for `checkpoint["method"]`."""

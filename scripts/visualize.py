@@ -131,7 +131,7 @@ def choose_strategies(given: argparse.Namespace, opened: checkpoints.Opened) -> 
     strategies = choose(opened.settings, opened.strategy, opened.model.num_patches)
     width, grid = opened.model.cls_token.shape[-1], opened.model.patch_embed.grid_size
     for name in strategies:
-        masking.check(strategies[name], opened.model.num_patches, width, grid=grid)
+        masking.check(strategies[name], opened.model.num_patches, width, grid=grid, offers=masking.NEEDS)
     rebuilt = given.rebuild or figures.own_name(opened.settings, opened.strategy)
     if rebuilt not in strategies:
         raise ValueError(f"--rebuild {rebuilt}: choose one of {', '.join(strategies)}")

@@ -52,6 +52,7 @@ def masked(strategy, tokens: torch.Tensor, noise: torch.Tensor | None = None, gr
     place = torch.linspace(0.1, 1, num_tokens)
     offered = {
         "grid": grid,
+        "patch_size": (4, 4),
         "progress": 0.4,
         "draw": 0.3,
         "attention": place.expand(num_images, 2, -1),

@@ -40,11 +40,11 @@ def test_exact_crops_are_torchvision_s_to_the_bit_and_fast_ones_near():
         torch.manual_seed(number)
         expected = reference(Image.open(io.BytesIO(data)).convert("RGB"))
         torch.manual_seed(number)
-        pixels, flip = exact(decode.to_picture(data, "RGB"))
+        pixels, flip, _ = exact(decode.to_picture(data, "RGB"))
         found = pixels.permute(2, 0, 1)
         assert torch.equal(found.flip(2) if flip else found, expected), number
         torch.manual_seed(number)
-        near, near_flip = fast(decode.to_pixels(data, 3))
+        near, near_flip, _ = fast(decode.to_pixels(data, 3))
         assert near_flip == flip
         apart.append((near.int() - pixels.int()).abs())
     apart = torch.stack(apart).float()

@@ -108,7 +108,7 @@ def test_loaders_keep_every_band_and_depth(tmp_path):
     tifffile.imwrite(tmp_path / "train" / "0.tif", np.moveaxis(bands, -1, 0), photometric="minisblack")
     images = datasets.open_unlabelled("folder", str(tmp_path), 5, "util.loaders:tiff")
     np.testing.assert_allclose(images.pixels(0).numpy(), bands / 65535, rtol=1e-6)
-    crop, _ = transforms.pretrain_transform((16, 24), (0.2, 1.0), 0.5)(images.pixels(0))
+    crop, *_ = transforms.pretrain_transform((16, 24), (0.2, 1.0), 0.5)(images.pixels(0))
     assert (crop.shape, crop.dtype) == ((16, 24, 5), torch.float32)
     with pytest.raises(ValueError, match=r"0\.tif: cannot be decoded .*not \(height, width, 4\); see --in_chans"):
         datasets.open_unlabelled("folder", str(tmp_path), 4, "util.loaders:tiff")
@@ -129,7 +129,7 @@ def test_the_files_of_a_loader_are_of_one_type(tmp_path, workers, capsys):
     images = datasets.open_unlabelled("folder", str(tmp_path), 2, "util.loaders:npy")
     data = SeededImages(images, transforms.pretrain_transform((8, 8), (0.2, 1.0), 0.5), max_bad_images=0.5)
     loader = torch.utils.data.DataLoader(data, batch_sampler=[[(0, 0), (0, 1), (0, 2), (0, 3)]], num_workers=workers)
-    ((pixels, _), _), *_ = loader
+    ((pixels, *_), _), *_ = loader
     assert pixels.dtype == torch.float32
     torch.testing.assert_close(pixels, torch.full_like(pixels, 257 / 65535))
     assert data.bad.collect(torch.device("cpu")) == 2
@@ -213,7 +213,7 @@ def test_the_digits_are_split_without_overlap():
 def test_a_sample_depends_on_seed_epoch_and_index_only(folder, exact):
     images = datasets.open_unlabelled("folder", str(folder), 3)
     data = SeededImages(images, transforms.pretrain_transform((32, 32), (0.2, 1.0), 0.5, exact), seed=1)
-    (first, flip), _ = data[2, 5]
+    (first, flip, _), _ = data[2, 5]
     torch.rand(3), np.random.rand(3), random.random()
     state = torch.get_rng_state()
     assert torch.equal(data[2, 5][0][0], first)
@@ -223,7 +223,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(folder, exact):
     assert [bool(data[2, 5][0][1]) for _ in range(3)] == [bool(flip)] * 3
     assert {bool(data[epoch, 5][0][1]) for epoch in range(20)} == {False, True}
     others = [data[3, 5][0], data[2, 6][0], SeededImages(images, data.transform, seed=2)[2, 5][0]]
-    assert not any(torch.equal(first, other) for other, _ in others)
+    assert not any(torch.equal(first, other) for other, *_ in others)
 
 
 def test_the_finetuning_augmentation_is_deterministic_too(folder):

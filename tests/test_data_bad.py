@@ -219,7 +219,7 @@ def test_what_can_be_shown_is_shown(name, channels):
     np.testing.assert_array_equal(pixels.numpy(), expected)  # both ways of decoding agree to the bit
     size = (32, 16)
     for exact, content in ((True, picture), (False, pixels)):
-        crop, _ = transforms.pretrain_transform(size, (0.2, 1.0), 0.5, exact)(content)
+        crop, *_ = transforms.pretrain_transform(size, (0.2, 1.0), 0.5, exact)(content)
         assert crop.shape == (*size, channels)
         assert crop.dtype == torch.uint8
     if channels == 3:
@@ -341,7 +341,7 @@ def test_once_too_many_are_bad_blank_pictures_fill_the_batch_and_the_run_ends(tm
     images = datasets.open_unlabelled("folder", str(tmp_path), 3, loader)
     transform = transforms.pretrain_transform((16, 16), (0.2, 1.0), 0.5, exact)
     data = SeededImages(images, transform, max_bad_images=0.3)
-    ((pixels, _), _) = torch.utils.data.default_collate([data[0, index] for index in (3, 2, 0, 1)])
+    ((pixels, *_), _) = torch.utils.data.default_collate([data[0, index] for index in (3, 2, 0, 1)])
     assert [crop.max().item() for crop in pixels] == [pixels[0].max().item(), 0, pixels[0].max().item(), 0]
     assert pixels[0].max() > 0  # the first bad one was replaced
     with pytest.raises(TooManyBadImages):

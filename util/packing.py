@@ -142,3 +142,8 @@ class PackedAttention(Attention):
             return super().forward(x, attn_mask=attn_mask, **kwargs)
         qkv = self.qkv(x).reshape(x.shape[0], 3, self.num_heads, self.head_dim)
         return self.proj(packed_attention(qkv, attn_mask).flatten(1))
+
+    def weights_of_first(self, x: torch.Tensor) -> torch.Tensor:
+        """Return how the first token attends to all: (N, K, D) -> (N, H, K) fp32, after the softmax."""
+        query, key, _ = _heads_first(self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)))
+        return ((query[:, :, :1] * self.scale).float() @ key.float().transpose(-2, -1)).softmax(dim=-1)[:, :, 0]

@@ -94,12 +94,24 @@ class PixelCrop:
     def __init__(self, size: tuple[int, int], scale: tuple[float, float], hflip: float):
         self.size, self.scale, self.hflip = size, scale, hflip
 
-    def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """pixels (H, W, C), `uint8` or fp32 -> the crop (h, w, C), and whether to flip it: () bool."""
-        top, left, height, width = draw_box(pixels.shape[1], pixels.shape[0], self.scale)
+    def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Crop an image.
+
+        Args:
+            pixels: (H, W, C), `uint8` or fp32.
+
+        Returns:
+            The crop (h, w, C); whether to flip it, () bool; and the box, (6,) fp32: top, left, height and width of the
+            crop, height and width of the image.
+        """
+        box = draw_box(pixels.shape[1], pixels.shape[0], self.scale)
+        top, left, height, width = box
         crop = pixels[top : top + height, left : left + width].permute(2, 0, 1)[None]  # (1, C, H, W)
         resized = nn.functional.interpolate(crop, self.size, mode="bicubic", antialias=True)
-        return resized[0].permute(1, 2, 0), torch.rand(1)[0] < self.hflip
+        return resized[0].permute(1, 2, 0), *self._flip_and_box(box, pixels.shape[:2])
+
+    def _flip_and_box(self, box: tuple[int, ...], size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.rand(1)[0] < self.hflip, torch.tensor([*box, *size], dtype=torch.float32)
 
 
 class PictureCrop(PixelCrop):
@@ -107,9 +119,23 @@ class PictureCrop(PixelCrop):
 
     takes_pixels = False
 
-    def __call__(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        """A PIL image -> the crop (h, w, C) `uint8`, and whether to flip it: () bool."""
-        top, left, height, width = draw_box(*picture.size, self.scale)
-        crop = F.resized_crop(picture, top, left, height, width, list(self.size), InterpolationMode.BICUBIC)
+    def __call__(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Crop a PIL image; returns as `PixelCrop`, the crop `uint8`."""
+        box, (width, height) = draw_box(*picture.size, self.scale), picture.size
+        crop = F.resized_crop(picture, *box, list(self.size), InterpolationMode.BICUBIC)
         pixels = torch.from_numpy(np.array(crop))
-        return pixels if pixels.ndim == 3 else pixels[..., None], torch.rand(1)[0] < self.hflip
+        return pixels if pixels.ndim == 3 else pixels[..., None], *self._flip_and_box(box, (height, width))
+
+
+class Squash:
+    """Resize the whole image to `size` (height, width), whatever its shape: bilinear, antialiased, no flip."""
+
+    takes_pixels = True
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = size
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        """pixels (H, W, C), `uint8` or fp32 -> (C, h, w)."""
+        whole = pixels.permute(2, 0, 1)[None]
+        return nn.functional.interpolate(whole, self.size, mode="bilinear", antialias=True)[0]

@@ -19,6 +19,7 @@ from util.training.leaving import Exits
 from util.training.state import TrainingState
 from util.training.step import At, StepOutcome
 from util.training.timers import DataWait, Stopwatch
+from util.training.whole_set import WholeSet
 
 
 @dataclass
@@ -106,6 +107,10 @@ class Job:
     def after(self, epoch: int) -> At:
         """Return where the run stands after the steps of `epoch`."""
         return At((epoch + 1) * len(self.loader), epoch + 1.0, self.context.settings.epochs)
+
+    def whole_set(self, epoch: int) -> WholeSet:
+        """Return all training images, to look at after the steps of `epoch`."""
+        return WholeSet(self.context, self.exits, self.loader.dataset, len(self.loader), epoch, self.averages)
 
     def means(self) -> dict[str, float]:
         """Return the means of the last whole epoch over all processes."""

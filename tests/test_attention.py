@@ -1,0 +1,188 @@
+"""AM and AMT: maps of the whole data set, crops of them, masks with thrown tokens, and runs that continue."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from faults import injected
+from helpers import golden, refusal, tiny_mae, varied_images, write_pictures
+from reference import amt
+from runs import assert_same_run, content, flags, pretrain, stopped, torchrun
+
+import main_pretrain
+import masking
+from masking.attention import attention_map, crop_map
+from methods import attention_maps
+
+INPUTS = ("config", "map_images", "images", "image_size", "crop_box", "flip")
+AMT = ["--masking", "amt", "--masking_args", "refresh_epochs=1", "--mask_ratio", 0.85, "--epochs", 4]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"), classes=1, per_class=10)
+
+
+def maps(output) -> list[str]:
+    return sorted(path.name for path in output.glob("attention_maps*"))
+
+
+def test_everything_against_the_goldens():
+    data = golden("amt_tiny")
+    given = {
+        k: v for k, v in data.items() if k in INPUTS or k.startswith("state/") or k.endswith(("exponential", "ratios"))
+    }
+    found = amt.compute(given)
+    assert found.keys() == data.keys() - given.keys()
+    for name, value in found.items():
+        expected, tolerance = data[name], 1e-4 if "/grad" in name else 1e-5
+        if expected.dtype.kind in "bi":
+            np.testing.assert_array_equal(value, expected, err_msg=name)
+        else:
+            bound = tolerance * max(np.abs(expected).max(), 1e-3)
+            np.testing.assert_allclose(value, expected, rtol=0, atol=bound, err_msg=name)
+
+
+def test_a_head_that_attends_to_all_alike_is_no_zero_over_zero():
+    flat = torch.full((1, 2, 16), 1 / 16)
+    assert (attention_map(flat) == 1).all()
+
+
+def test_the_crop_of_a_map_is_where_the_crop_of_the_image_is():
+    """A map with one bright cell: the crop of its quarter is bright, flipped to the other side, or dark elsewhere."""
+    whole = torch.zeros(1, 4, 4)
+    whole[0, 0, 0] = 1
+    boxes = torch.tensor([[0, 0, 30, 50, 60, 100, 0], [0, 0, 30, 50, 60, 100, 1], [30, 50, 30, 50, 60, 100, 0.0]])
+    found = crop_map(whole.expand(3, -1, -1), boxes, (32, 32), (8, 8))
+    assert found[0].argmax() == 0
+    assert found[1].argmax() == 3
+    assert found[2].abs().max() == 0
+    assert found[0, 0, 0] == pytest.approx(64, rel=0.01)
+
+
+def test_counts_of_amt_are_the_papers():
+    tokens, offered = torch.zeros(2, 196, 4), {"maps": torch.rand(2, 14, 14)}
+    boxes = torch.tensor([0.0, 0, 50, 50, 100, 100, 0]).expand(2, -1)
+    amt_mask = masking.call(masking.create("amt"), tokens, grid=(14, 14), patch_size=(16, 16), boxes=boxes, **offered)
+    assert amt_mask.num_keep.tolist() == [30, 30]
+    assert amt_mask.host_thrown == (78, 78)
+    assert amt_mask.predicted.sum(dim=1).tolist() == [88, 88]
+    am_mask = masking.call(masking.create("am"), tokens, grid=(14, 14), patch_size=(16, 16), boxes=boxes, **offered)
+    assert am_mask.num_keep.tolist() == [49, 49]
+    assert am_mask.thrown is None
+
+
+def test_a_bright_patch_is_removed_more_often():
+    whole = torch.full((4000, 4, 4), 0.1)
+    whole[:, 1, 2] = 1
+    box = torch.tensor([0.0, 0, 8, 8, 8, 8, 0]).expand(4000, -1)
+    strategy = masking.create("am", mask_ratio=0.25)
+    share = masking.call(
+        strategy, torch.zeros(4000, 16, 1), grid=(4, 4), patch_size=(2, 2), maps=whole, boxes=box
+    ).mask.float()
+    share = share.mean(dim=0)
+    assert share[6] > 0.6
+    assert share[[0, 3, 12, 15]].max() < 0.3
+
+
+def test_class_attention_is_what_the_last_block_computes():
+    model, images = tiny_mae().eval(), varied_images(3)
+    block, seen = model.blocks[-1], []
+    hook = block.attn.attn_drop.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    block.attn.fused_attn = False
+    with torch.no_grad():
+        model.encode(model.embed(images), None)
+    hook.remove()
+    torch.testing.assert_close(model.class_attention(images), seen[0][:, :, 0, 1:])
+
+
+def test_maps_are_of_the_whole_image_as_the_model_sees_it(pictures, tmp_path):
+    pretrain(pictures, tmp_path, *AMT, "--epochs", 3)
+    assert maps(tmp_path) == ["attention_maps-1.npy"]
+    found = np.load(tmp_path / "attention_maps-1.npy")
+    assert found.shape == (10, 4, 4)
+    assert found.dtype == np.float16
+    assert 0 <= found.min() < found.max() <= 1
+
+
+@pytest.mark.parametrize("forward", [3, 5, 10], ids=lambda forward: f"step {forward}")
+def test_a_run_with_maps_continues_bit_for_bit(pictures, tmp_path, forward):
+    pretrain(pictures, tmp_path / "whole", *AMT)
+    assert maps(tmp_path / "whole") == ["attention_maps-1.npy", "attention_maps-2.npy"]
+    with injected([{"kind": "SIGTERM", "forward": forward}]):
+        stopped(pictures, tmp_path / "parts", *AMT)
+    pretrain(pictures, tmp_path / "parts", *AMT)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    for name in maps(tmp_path / "whole"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+
+def test_a_signal_while_maps_are_made_costs_only_them(pictures, tmp_path, monkeypatch):
+    pretrain(pictures, tmp_path / "whole", *AMT)
+    crop, calls = attention_maps.Squash.__call__, []
+
+    def interrupt(self, pixels):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return crop(self, pixels)
+
+    monkeypatch.setattr(attention_maps.Squash, "__call__", interrupt)
+    stopped(pictures, tmp_path / "parts", *AMT)
+    saved = content(tmp_path / "parts")
+    assert (saved["epoch"], saved["step"]) == (0, 6)  # the second epoch's steps are done, its maps are not
+    assert maps(tmp_path / "parts") == []
+    pretrain(pictures, tmp_path / "parts", *AMT)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_two_processes_make_the_same_maps(pictures, tmp_path):
+    given = [*AMT, "--epochs", 3, "--effective_batch_size", 4]
+    pretrain(pictures, tmp_path / "one", *given)
+    result = torchrun(pictures, tmp_path / "two", [], *given, "--batch_size", 2)
+    assert result.returncode == 0, result.stderr
+    assert maps(tmp_path / "two") == ["attention_maps-1.npy"]
+    one, two = (np.load(tmp_path / name / "attention_maps-1.npy") for name in ("one", "two"))
+    np.testing.assert_allclose(one.astype(np.float32), two.astype(np.float32), atol=2e-3)
+
+
+def test_maps_that_are_missing_or_others_are_named(pictures, tmp_path, capsys):
+    with injected([{"kind": "SIGTERM", "forward": 10}]):
+        stopped(pictures, tmp_path, *AMT)
+    path = tmp_path / "attention_maps-2.npy"
+    again = flags(pictures, tmp_path, *AMT)
+    whole = path.read_bytes()
+    np.save(path, np.ones((9, 4, 4), np.float16))
+    assert "holds maps (9, 4, 4) of float16, not (10, 4, 4)" in refusal(main_pretrain.main, again, capsys)
+    path.write_bytes(whole[:100])
+    assert "is no file of attention maps" in refusal(main_pretrain.main, again, capsys)
+    path.unlink()
+    said = refusal(main_pretrain.main, again, capsys)
+    assert "attention_maps-2.npy: there is no such file" in said
+    assert "copy it from the folder of the checkpoint" in said
+
+
+def test_random_masking_at_its_own_ratio_comes_first(pictures, tmp_path):
+    lines = pretrain(pictures, tmp_path, *AMT, "--epochs", 2, "--masking_warmup_epochs", 1)
+    assert [line["train_mask_ratio"] for line in lines] == [0.75, 13 / 16]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mask_ratio": 0.4}, "throw_ratio is 0.4, but mask_ratio 0.4 counts all removed"),
+        ({"throw_ratio": -0.1}, "throw_ratio must be at least 0"),
+        ({"throw_ratio": "much"}, "throw_ratio is 'much'"),
+        ({"refresh_epochs": 0}, "refresh_epochs is 0"),
+        ({"refresh_epochs": 1.5}, "refresh_epochs is 1.5"),
+        ({"released_crop": "yes"}, "released_crop is 'yes'"),
+        ({"warmup_ratio": 1}, "warmup_ratio is 1"),
+    ],
+)
+def test_impossible_options_are_one_clear_sentence(options, message):
+    with pytest.raises(ValueError, match=message):
+        masking.create("amt", **options)
