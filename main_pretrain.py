@@ -48,9 +48,7 @@ def train(context: Context, inputs: Inputs) -> None:
     context.log.say(inputs.images.summary("training"))
     for note in inputs.notes:
         context.log.say(note)
-    method = methods.from_settings(settings)
-    if inputs.weights is not None:
-        method.model.load_state_dict(inputs.weights)
+    method = methods.from_settings(settings, inputs.weights)
     context.place(method)
     method.normalize.to(context.device)
     if settings.compile:

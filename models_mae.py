@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import masking as masking_strategies
 from masking import Mask, RandomMasking
 from util.packing import PackedAttention, PackedLayout
+from util.pixel_loss import masked_mean_squared_error, squared_errors
 from util.pos_embed import sincos_2d
 from util.precision import full_fp32
 from util.suggest import check_known
@@ -64,7 +65,7 @@ class MaskedAutoencoderViT(nn.Module):
         self.set_masking(masking if masking is not None else RandomMasking())
         self.grad_checkpointing = False
         self._dense_block, self._packed_block = _dense_block, _packed_block
-        self._loss = self._packed_loss = _masked_mean_squared_error
+        self._loss = self._packed_loss = masked_mean_squared_error
 
         self.patch_embed = PatchEmbed(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim)
         grid = self.patch_embed.grid_size
@@ -87,10 +88,7 @@ class MaskedAutoencoderViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.patch_embed.proj.out_channels, -1))
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
     def set_masking(self, strategy: Callable[..., Mask]) -> None:
         """Mask with `strategy` from now on. It is no submodule, whatever it is: the state dict stays MAE's."""
@@ -109,8 +107,8 @@ class MaskedAutoencoderViT(nn.Module):
         dynamic = getattr(self.masking, "varies", False)
         self._dense_block = torch.compile(_dense_block, dynamic=dynamic, fullgraph=True, **options)
         self._packed_block = torch.compile(_packed_block, dynamic=True, fullgraph=True, **options)
-        self._loss = torch.compile(_masked_mean_squared_error, dynamic=dynamic, fullgraph=True, **options)
-        self._packed_loss = torch.compile(_masked_mean_squared_error, dynamic=True, fullgraph=True, **options)
+        self._loss = torch.compile(masked_mean_squared_error, dynamic=dynamic, fullgraph=True, **options)
+        self._packed_loss = torch.compile(masked_mean_squared_error, dynamic=True, fullgraph=True, **options)
 
     @property
     def num_patches(self) -> int:
@@ -225,19 +223,34 @@ class MaskedAutoencoderViT(nn.Module):
         Where `mask` throws tokens, those do not pass through the decoder: (N, M, P) of the M others in raster order
         where all images have M, else packed image by image; `mask.decoded.patches` says which they are.
         """
+        x = self.decoder_input(latent, mask)
+        return self.run_decoder(self.decoder_blocks, self.decoder_norm, self.decoder_pred, x, mask)
+
+    def decoder_input(self, latent: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Embed the latent, and put it between mask tokens, with positions.
+
+        Returns:
+            (N, M + 1, d), the class token first, then the M tokens that are not thrown (M = L if none is), in raster
+            order; packed image by image where M differs.
+        """
         (num_images, num_tokens), decoded = mask.mask.shape, mask.decoded
         encoded = self.decoder_embed(latent).flatten(0, -2)  # (T + N, d), packed image by image
         slots = mask.kept.slots if decoded is None else decoded.rows_of(mask.kept, num_tokens)
         num_rows = num_images * (num_tokens + 1) if decoded is None else len(decoded.slots)
         x = self.mask_token.to(encoded.dtype).expand(1, num_rows, -1).flatten(0, 1).index_copy(0, slots, encoded)
         if decoded is None:
-            x = x.view(num_images, num_tokens + 1, -1) + self.decoder_pos_embed  # (N, L + 1, d)
-        else:
-            x = x + self.decoder_pos_embed[0][decoded.slots % (num_tokens + 1)]
+            return x.view(num_images, num_tokens + 1, -1) + self.decoder_pos_embed
+        x = x + self.decoder_pos_embed[0][decoded.slots % (num_tokens + 1)]
+        return x.view(num_images, -1, x.shape[-1]) if decoded.layout is None else x
+
+    def run_decoder(
+        self, blocks: nn.ModuleList, norm: nn.Module, output: nn.Module, x: torch.Tensor, mask: Mask | None
+    ) -> torch.Tensor:
+        """Run a decoder on what `decoder_input` returns; return its outputs for the patches as `forward_decoder`."""
+        decoded = None if mask is None else mask.decoded
         layout = None if decoded is None else decoded.layout
-        x = x.view(num_images, -1, x.shape[-1]) if layout is None else x
-        x = self.decoder_norm(self._run(self.decoder_blocks, x, layout))
-        return self.decoder_pred(x)[:, 1:] if layout is None else self.decoder_pred(x[decoded.rows])
+        x = norm(self._run(blocks, x, layout))
+        return output(x)[:, 1:] if layout is None else output(x[decoded.rows])
 
     def place_decoded(self, pred: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Put predictions from `forward_decoder` where they belong: (N, L, P), 0 for thrown patches."""
@@ -255,13 +268,15 @@ class MaskedAutoencoderViT(nn.Module):
             pred: from `forward_decoder`.
             mask: (N, L), 1 = removed, or a `Mask`.
         """
-        target = self.patchify(images)
-        weight = mask.loss_weight if isinstance(mask, Mask) else mask
-        if isinstance(mask, Mask) and mask.decoded is not None:
-            places = mask.decoded.patches
-            target, weight = (x.flatten(0, 1)[places].view(*pred.shape[:-1], *x.shape[2:]) for x in (target, weight))
+        target, weight = self.patchify(images), mask
+        if isinstance(mask, Mask):
+            target, weight = _decoded(target, mask, pred), _decoded(mask.loss_weight, mask, pred)
         loss = self._loss if pred.ndim == 3 else self._packed_loss
         return loss(target, pred, weight, self.norm_pix_loss)
+
+    def patch_losses(self, images: torch.Tensor, pred: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Return the mean squared error of each decoded patch, in the order of `pred`."""
+        return squared_errors(_decoded(self.patchify(images), mask, pred), pred, self.norm_pix_loss)
 
     def forward_masked(self, images: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode the kept patches of images (N, C, H, W), decode, compare the predicted ones.
@@ -297,16 +312,18 @@ def _packed_block(layout: PackedLayout, block: nn.Module, x: torch.Tensor) -> to
     return block(x, attn_mask=layout)
 
 
-def _masked_mean_squared_error(
-    target: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor, normalize: bool
-) -> torch.Tensor:
-    """Target and prediction (..., P), mask (...) -> 0-dim; `normalize` each target by its own mean and deviation."""
-    target = target.float()
-    if normalize:
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean) / (variance + 1e-6).sqrt()
-    loss = (pred.float() - target).square().mean(dim=-1)  # (N, L)
-    return (loss * mask).sum() / mask.sum()
+def _decoded(values: torch.Tensor, mask: Mask, pred: torch.Tensor) -> torch.Tensor:
+    """Of values (N, L, ...) take those of the decoded patches, in the order of `pred`."""
+    if mask.decoded is None:
+        return values
+    return values.flatten(0, 1)[mask.decoded.patches].view(*pred.shape[:-1], *values.shape[2:])
+
+
+def init_linear(module: nn.Module) -> None:
+    """Initialise a linear layer as MAE does: Xavier-uniform, bias 0. For `nn.Module.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
 
 
 def _check_sizes(img_size, patch_size, in_chans: int, norm_pix_loss: bool) -> None:

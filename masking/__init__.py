@@ -7,6 +7,7 @@ from masking.attention import AttentionMasking, AttentionThrowing, attention_map
 from masking.base import NEEDS, available, call, check, create, draw_noise, keep_count, reads_tokens, register
 from masking.block import BlockMasking, InverseBlockMasking
 from masking.color import ColorMasking
+from masking.hard_patches import HardPatches
 from masking.mask import Mask, mask_from_scores, predict_part, remove_highest
 from masking.salience import SBAM, SBAMAdaptive, adaptive_mask_ratio, token_salience
 from masking.schedule import ScheduledRatio
@@ -19,6 +20,7 @@ __all__ = [
     "AttentionThrowing",
     "BlockMasking",
     "ColorMasking",
+    "HardPatches",
     "InverseBlockMasking",
     "Mask",
     "RandomMasking",

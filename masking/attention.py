@@ -9,6 +9,7 @@ import torch
 
 from masking.base import check_number, check_ratio, draw_noise, keep_count, register
 from masking.mask import Mask, mask_from_scores
+from util.precision import full_fp32
 from util.ratios import exact_ratio
 
 
@@ -42,10 +43,11 @@ def crop_map(
         (N, height / patch height, width / patch width), sums of bilinear samples, one sample for each pixel.
     """
     top, left, tall, wide, height, width, flipped = boxes.to(maps.device, maps.dtype)[:, :, None].unbind(1)
-    down = _sampling(maps.shape[1], top, tall, height, size[0], patch[0], released)
-    right = _sampling(maps.shape[2], left, wide, width, size[1], patch[1], released)
-    right = torch.where(flipped[..., None] > 0, right.flip(1), right)
-    return down @ maps @ right.transpose(1, 2)
+    with full_fp32(maps.device.type):
+        down = _sampling(maps.shape[1], top, tall, height, size[0], patch[0], released)
+        right = _sampling(maps.shape[2], left, wide, width, size[1], patch[1], released)
+        right = torch.where(flipped[..., None] > 0, right.flip(1), right)
+        return down @ maps @ right.transpose(1, 2)
 
 
 def _sampling(

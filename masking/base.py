@@ -23,6 +23,7 @@ NEEDS = {
     "grid": "(rows, columns) of the patches",
     "patch_size": "(height, width) of a patch in pixels",
     "progress": "share of the training that is over, from 0 to 1",
+    "epoch": "(0-based epoch, length of the schedule in epochs)",
     "draw": "one number in [0, 1) for all images of a step, a function of (seed, step)",
     "attention": "(N, heads, L) attention of the teacher's class token to the patches, after the softmax",
     "maps": "(N, rows, columns) an attention map of each whole image, in [0, 1]",
@@ -131,7 +132,7 @@ def check(
     embed_dim: int = 8,
     *,
     grid: tuple[int, int] | None = None,
-    offers: Iterable[str] = ("grid", "patch_size", "progress", "draw"),
+    offers: Iterable[str] = ("grid", "patch_size", "progress", "epoch", "draw"),
     giver: str = "this method",
 ) -> None:
     """Call `strategy` once on blank tokens of one image.
@@ -165,6 +166,7 @@ def _blank(num_tokens: int, grid: tuple[int, int]) -> dict:
         "grid": grid,
         "patch_size": (2, 2),
         "progress": 0.0,
+        "epoch": (0, 1),
         "draw": 0.5,
         "attention": torch.full((1, 1, num_tokens), 1 / num_tokens),
         "maps": torch.ones(1, *grid),

@@ -1,10 +1,12 @@
 """Pre-training methods: `create(name, ...)`, `available()`; docs/METHODS.md says how to write one."""
 
 from methods.base import At, Inputs, Loss, Method, Plan, available, create, from_settings, register
+from methods.hpm import HPM
 from methods.mae import MAE
 from methods.teacher import follow, teacher_of
 
 __all__ = [
+    "HPM",
     "MAE",
     "At",
     "Inputs",

@@ -106,7 +106,7 @@ class Method(nn.Module):
 
     clip_each = False
     may_freeze: tuple[str, ...] = ()
-    offers: frozenset[str] = frozenset({"grid", "patch_size", "progress", "draw", "maps", "boxes"})
+    offers: frozenset[str] = frozenset({"grid", "patch_size", "progress", "epoch", "draw", "maps", "boxes"})
     shown: tuple[str, ...] = ("mask_ratio", "mask_ratio_min", "mask_ratio_max", "grad_norm")
 
     def __init__(self, model: nn.Module, strategy: masking.base.Strategy | None = None):
@@ -121,13 +121,20 @@ class Method(nn.Module):
         self.amp = "none"
 
     @classmethod
-    def from_settings(cls, settings: PretrainSettings, **options) -> Method:
-        """Build the method that the settings describe, on the current default device; `options` are its own.
+    def from_settings(cls, settings: PretrainSettings, weights: dict | None = None, /, **options) -> Method:
+        """Build the method that the settings describe, on the current default device.
+
+        Args:
+            settings: of the run.
+            weights: state dict of the model to start from, before a teacher is made of it.
+            options: the method's own.
 
         Raises:
             ValueError: it cannot be built, or the strategy needs what it does not give.
         """
         model, strategy = build_model(settings), create_strategy(settings)
+        if weights is not None:
+            model.load_state_dict(weights)
         check_strategy(strategy, model, cls.offers, f"--method {settings.method}")
         method = _REGISTRY.call(settings.method, cls, options, (model, strategy))
         model.set_masking(strategy)
@@ -189,7 +196,8 @@ class Method(nn.Module):
 
     def offered(self, inputs: Inputs, at: At) -> dict:
         """Return what `offers` names, besides grid and patch size, for the first view of a micro-batch."""
-        found = {"progress": at.progress, "draw": inputs.draw, "boxes": inputs.boxes}
+        found = {"progress": at.progress, "epoch": (int(at.epoch), at.epochs), "draw": inputs.draw}
+        found["boxes"] = inputs.boxes
         if self.maps is not None:
             found["maps"] = self.maps.of(inputs.index, int(at.epoch), inputs.views[0].device)
         return found
@@ -249,12 +257,12 @@ class Method(nn.Module):
         self.load_state_dict(state, strict=False)
 
 
-def from_settings(settings: PretrainSettings) -> Method:
-    """Build the method that `--method`, `--method_args` and the other settings describe."""
+def from_settings(settings: PretrainSettings, weights: dict | None = None) -> Method:
+    """Build the method that `--method`, `--method_args` and the other settings describe, perhaps from `weights`."""
     found = _REGISTRY.find(settings.method)
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise ValueError(f"--method {settings.method}: is no subclass of methods.Method")
-    return found.from_settings(settings, **cli.parse_options(settings.method_args, "method_args"))
+    return found.from_settings(settings, weights, **cli.parse_options(settings.method_args, "method_args"))
 
 
 def build_model(settings: PretrainSettings) -> models_mae.MaskedAutoencoderViT:

@@ -34,7 +34,7 @@ def injected(faults: list[dict]) -> Iterator[None]:
     """The model's forward pass, or the monitors, have these faults."""
     look = [fault for fault in faults if "look" in fault]
     faults = [fault for fault in faults if "look" not in fault]
-    original, count = models_mae.MaskedAutoencoderViT.forward_masked, 0
+    original, count = models_mae.MaskedAutoencoderViT.forward_encoder, 0
 
     def forward(self, images, mask):
         nonlocal count
@@ -69,8 +69,7 @@ def injected(faults: list[dict]) -> Iterator[None]:
                     Path(fault["path"]).unlink()
                 else:
                     os.kill(os.getpid(), getattr(signal, fault["kind"]))
-        loss, pred = original(self, images, mask)
-        return loss * factor, pred
+        return original(self, images, mask) * factor
 
     extract, numbers = features.extract_features, itertools.count()
 
@@ -83,11 +82,11 @@ def injected(faults: list[dict]) -> Iterator[None]:
                 time.sleep(60)
         return extract(*args, **options)
 
-    models_mae.MaskedAutoencoderViT.forward_masked, features.extract_features = forward, extract_slowly
+    models_mae.MaskedAutoencoderViT.forward_encoder, features.extract_features = forward, extract_slowly
     try:
         yield
     finally:
-        models_mae.MaskedAutoencoderViT.forward_masked, features.extract_features = original, extract
+        models_mae.MaskedAutoencoderViT.forward_encoder, features.extract_features = original, extract
 
 
 def fill(path: Path) -> None:

@@ -54,6 +54,7 @@ def masked(strategy, tokens: torch.Tensor, noise: torch.Tensor | None = None, gr
         "grid": grid,
         "patch_size": (4, 4),
         "progress": 0.4,
+        "epoch": (4, 10),
         "draw": 0.3,
         "attention": place.expand(num_images, 2, -1),
         "maps": place.view(grid).expand(num_images, -1, -1),

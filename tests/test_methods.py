@@ -153,4 +153,4 @@ def test_a_mistake_in_a_method_is_one_sentence(pictures, tmp_path, capsys, more,
 def test_a_name_that_is_taken_is_an_error():
     with pytest.raises(ValueError, match="the method 'mae' is registered already, by MAE"):
         methods.register("mae")(Frozen)
-    assert methods.available() == ["mae"]
+    assert "mae" in methods.available()
