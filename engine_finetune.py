@@ -115,7 +115,7 @@ def evaluate_only(context: Context, given: inputs.Inputs, model: VisionTransform
 def evaluate(
     model: nn.Module, batches: Iterable, prepare: Prepare, device: torch.device, amp: str = "none"
 ) -> dict[str, float]:
-    """Accuracy over all processes, each image counted once.
+    """Measure the accuracy over all processes, each image counted once.
 
     Args:
         model: the bare module, not in DistributedDataParallel: processes may have different numbers of batches.
@@ -185,7 +185,7 @@ def evaluator(
 
 
 def statistics(settings: SupervisedSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation for normalisation."""
+    """Return the mean and deviation for normalisation."""
     return transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)
 
 

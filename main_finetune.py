@@ -58,7 +58,7 @@ def train(context: Context, inputs: Inputs, build: Callable[..., VisionTransform
 
 
 def make_transform(settings: FinetuneSettings, size: tuple[int, int]) -> Callable:
-    """The augmentation on the host."""
+    """Return the augmentation on the host."""
     mean, _ = engine_finetune.statistics(settings)
     scale = tuple(settings.crop_scale)
     return transforms.finetune_transform(size, scale, settings.hflip, settings.aa, settings.color_jitter, mean)
@@ -67,7 +67,7 @@ def make_transform(settings: FinetuneSettings, size: tuple[int, int]) -> Callabl
 def make_prepare(
     settings: FinetuneSettings, num_classes: int, normalize: transforms.Normalize, device: torch.device
 ) -> Callable[[list], tuple[torch.Tensor, torch.Tensor]]:
-    """Batch of uint8 images and classes -> normalised, erased, mixed, on the device."""
+    """Return a function: uint8 images and classes -> normalised, erased, mixed, on the device."""
     erase = RandomErasing(
         settings.reprob, mode=settings.remode, min_count=settings.recount, max_count=settings.recount, device=device
     )

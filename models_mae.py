@@ -112,23 +112,23 @@ class MaskedAutoencoderViT(nn.Module):
 
     @property
     def num_patches(self) -> int:
-        """L, the number of patches of an image."""
+        """Return L, the number of patches of an image."""
         return self.patch_embed.num_patches
 
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) -> (N, L, p_h * p_w * C); within a patch row, column, channel, the channel fastest."""
+        """Cut (N, C, H, W) -> (N, L, p_h * p_w * C); within a patch row, column, channel, the channel fastest."""
         (rows, columns), (height, width) = self.patch_embed.grid_size, self.patch_embed.patch_size
         x = images.reshape(images.shape[0], self.in_chans, rows, height, columns, width)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], rows * columns, height * width * self.in_chans)
 
     def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
-        """(N, L, p_h * p_w * C) -> (N, C, H, W), the inverse of `patchify`."""
+        """Put patches together: (N, L, p_h * p_w * C) -> (N, C, H, W), the inverse of `patchify`."""
         (rows, columns), (height, width) = self.patch_embed.grid_size, self.patch_embed.patch_size
         x = patches.reshape(patches.shape[0], rows, columns, height, width, self.in_chans)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], self.in_chans, rows * height, columns * width)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """(N, C, H, W) -> tokens (N, L, D): patch embedding + position embedding, fp32 because masks are made of it."""
+        """Embed (N, C, H, W) -> tokens (N, L, D): patches and positions, in fp32 because masks are made of them."""
         with full_fp32(images.device.type):
             return self.patch_embed(images.float()) + self.pos_embed[:, 1:]
 
@@ -210,7 +210,7 @@ class MaskedAutoencoderViT(nn.Module):
         return self._encode_kept(self._embed_kept(images, mask), mask)
 
     def _embed_kept(self, images: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """Tokens (T, D) of the kept patches, as `embed` has them up to rounding."""
+        """Embed the kept patches -> tokens (T, D), as `embed` has them up to rounding."""
         place = mask.kept.patches
         pixels = self.patchify(images).flatten(0, 1)[place]  # (T, p_h * p_w * C)
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p_h * p_w * C), ordered alike
@@ -218,7 +218,7 @@ class MaskedAutoencoderViT(nn.Module):
         return tokens + self.pos_embed[0, 1:][place % self.num_patches]
 
     def forward_decoder(self, latent: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """Latent from the encoder -> predicted patches (N, L, P), P = p_h * p_w * C.
+        """Decode latent from the encoder -> predicted patches (N, L, P), P = p_h * p_w * C.
 
         Where `mask` throws tokens, those do not pass through the decoder: (N, M, P) of the M others in raster order
         where all images have M, else packed image by image; `mask.decoded.patches` says which they are.
@@ -313,7 +313,7 @@ def _packed_block(layout: PackedLayout, block: nn.Module, x: torch.Tensor) -> to
 
 
 def _decoded(values: torch.Tensor, mask: Mask, pred: torch.Tensor) -> torch.Tensor:
-    """Of values (N, L, ...) take those of the decoded patches, in the order of `pred`."""
+    """Take from values (N, L, ...) those of the decoded patches, in the order of `pred`."""
     if mask.decoded is None:
         return values
     return values.flatten(0, 1)[mask.decoded.patches].view(*pred.shape[:-1], *values.shape[2:])
@@ -344,37 +344,37 @@ def _check_heads(embed_dim: int, num_heads: int, decoder_embed_dim: int, decoder
 
 
 def register_model(constructor: Callable[..., MaskedAutoencoderViT]) -> Callable[..., MaskedAutoencoderViT]:
-    """Decorator: make a constructor available as `--model <its name>`."""
+    """Make a constructor available as `--model <its name>`; a decorator."""
     _MODELS[constructor.__name__] = constructor
     return constructor
 
 
 def available_models() -> list[str]:
-    """Names for `--model`."""
+    """Return the names for `--model`."""
     return sorted(_MODELS)
 
 
 def create_model(name: str, **options) -> MaskedAutoencoderViT:
-    """The registered model `name`; `options` go to `MaskedAutoencoderViT`. ValueError for an unknown name."""
+    """Build the registered model `name`; `options` go to `MaskedAutoencoderViT`. ValueError for an unknown name."""
     check_known("model", name, available_models())
     return _MODELS[name](**options)
 
 
 @register_model
 def mae_vit_base_patch16(**options) -> MaskedAutoencoderViT:
-    """ViT-B/16: 12 blocks of 768; decoder of 8 blocks of 512."""
+    """Build ViT-B/16: 12 blocks of 768; decoder of 8 blocks of 512."""
     return MaskedAutoencoderViT(**{"patch_size": 16, "embed_dim": 768, "depth": 12, "num_heads": 12, **options})
 
 
 @register_model
 def mae_vit_large_patch16(**options) -> MaskedAutoencoderViT:
-    """ViT-L/16: 24 blocks of 1024; decoder of 8 blocks of 512."""
+    """Build ViT-L/16: 24 blocks of 1024; decoder of 8 blocks of 512."""
     return MaskedAutoencoderViT(**{"patch_size": 16, "embed_dim": 1024, "depth": 24, "num_heads": 16, **options})
 
 
 @register_model
 def mae_vit_huge_patch14(**options) -> MaskedAutoencoderViT:
-    """ViT-H/14: 32 blocks of 1280; decoder of 8 blocks of 512."""
+    """Build ViT-H/14: 32 blocks of 1280; decoder of 8 blocks of 512."""
     return MaskedAutoencoderViT(**{"patch_size": 14, "embed_dim": 1280, "depth": 32, "num_heads": 16, **options})
 
 
@@ -391,17 +391,17 @@ def _small(embed_dim: int, depth: int, num_heads: int, decoder_embed_dim: int, d
 
 @register_model
 def mae_vit_small_patch16(**options) -> MaskedAutoencoderViT:
-    """ViT-S/16: 12 blocks of 384; decoder of 4 blocks of 256."""
+    """Build ViT-S/16: 12 blocks of 384; decoder of 4 blocks of 256."""
     return MaskedAutoencoderViT(**{"patch_size": 16, **_small(384, 12, 6, 256, 4), **options})
 
 
 @register_model
 def mae_vit_tiny_patch4(**options) -> MaskedAutoencoderViT:
-    """For 32-pixel images: 12 blocks of 192, patches of 4; decoder of 4 blocks of 96."""
+    """Build a ViT for 32-pixel images: 12 blocks of 192, patches of 4; decoder of 4 blocks of 96."""
     return MaskedAutoencoderViT(**{"img_size": 32, "patch_size": 4, **_small(192, 12, 3, 96, 4), **options})
 
 
 @register_model
 def mae_vit_mini_patch4(**options) -> MaskedAutoencoderViT:
-    """For 16-pixel images: 4 blocks of 96, patches of 4; decoder of 1 block of 64."""
+    """Build a ViT for 16-pixel images: 4 blocks of 96, patches of 4; decoder of 1 block of 64."""
     return MaskedAutoencoderViT(**{"img_size": 16, "patch_size": 4, **_small(96, 4, 3, 64, 1), **options})

@@ -23,7 +23,7 @@ _ARCHITECTURES = {
 
 
 def available_models() -> list[str]:
-    """Names for `--model`."""
+    """Return the names for `--model`."""
     return sorted(_ARCHITECTURES)
 
 
@@ -37,7 +37,7 @@ def create_model(
     global_pool: bool = True,
     drop_path: float = 0.0,
 ) -> VisionTransformer:
-    """A classifier.
+    """Build a classifier.
 
     Args:
         name: one of `available_models()`.
@@ -86,7 +86,7 @@ def init_finetune_head(model: VisionTransformer) -> None:
 
 
 def build_model(settings: SupervisedSettings, num_classes: int, drop_path: float = 0.0) -> VisionTransformer:
-    """The classifier that the settings name, with a plain linear head."""
+    """Build the classifier that the settings name, with a plain linear head."""
     return create_model(
         settings.model,
         num_classes=num_classes,

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check(given: argparse.Namespace) -> None:
-    """ValueError for launcher flags that cannot work."""
+    """Raise ValueError for launcher flags that cannot work."""
     for name in AT_LEAST_ONE:
         value = getattr(given, name)
         if value is not None and value < 1:
@@ -73,7 +73,7 @@ def check(given: argparse.Namespace) -> None:
 
 
 def check_task(given: argparse.Namespace, task_argv: list[str]) -> Settings:
-    """The task's settings, checked for all processes of the job."""
+    """Return the task's settings, checked for all processes of the job."""
     os.environ["WORLD_SIZE"] = str(given.nodes * given.ngpus)
     try:
         return cli.parse(TASKS[given.task], task_argv)
@@ -121,7 +121,7 @@ def submit(given: argparse.Namespace, job: Job, folder: Path) -> None:
 
 
 def parameters(given: argparse.Namespace) -> dict:
-    """The launcher's flags in the words of submitit's SlurmExecutor."""
+    """Return the launcher's flags in the words of submitit's SlurmExecutor."""
     meet = f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)} -m util.distributed.slurm"
     values = {
         "job_name": given.job_name,
@@ -152,7 +152,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The launcher's own flags."""
+    """Return the launcher's own flags."""
     parser = _Parser(description=__doc__, allow_abbrev=False)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--nodes", type=int, default=1, help="machines")

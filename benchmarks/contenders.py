@@ -64,7 +64,7 @@ class PaddedMAE(models_mae.MaskedAutoencoderViT):
 
 
 def _class_token_first(mask: Mask) -> torch.Tensor:
-    """(T + N,) order that puts N class tokens and T kept tokens image by image."""
+    """Return the order (T + N,) that puts N class tokens and T kept tokens image by image."""
     kept, num_images = mask.kept, len(mask.num_keep)
     order = torch.empty_like(kept.slots)
     order[kept.class_rows] = torch.arange(num_images, device=order.device)
@@ -101,7 +101,7 @@ class Ours:
         self.averages, self.amp = Averages(device), amp
 
     def contender(self, images: torch.Tensor, strategy: masking.base.Strategy, decode_ratio: float = 1.0) -> Contender:
-        """The step on `images` (N, C, H, W) with `strategy`, which predicts a share of the removed patches."""
+        """Return the step on `images` (N, C, H, W) with `strategy`, which predicts a share of the removed patches."""
         found = Contender(lambda: None, lambda: optimizer_tensors(self.model, self.optimizer))
 
         def watched(tokens: torch.Tensor, noise: torch.Tensor | None = None, **needed) -> Mask:
@@ -123,7 +123,7 @@ class Ours:
 
 
 def hugging_face(ours: models_mae.MaskedAutoencoderViT, images: torch.Tensor, amp: str) -> Contender:
-    """`transformers.ViTMAEForPreTraining` of the sizes of `ours`, with SDPA and fused AdamW. ImportError without it."""
+    """Build `transformers.ViTMAEForPreTraining` as large as `ours`, with SDPA, fused AdamW. ImportError if absent."""
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     width, decoder_width = ours.patch_embed.proj.out_channels, ours.decoder_embed.out_features
@@ -165,7 +165,7 @@ class PlainMAE(models_mae.MaskedAutoencoderViT):
 
 
 def plain_mae(name: str, images: torch.Tensor, **options) -> Contender:
-    """MAE as commonly run: fp16 with a loss scaler on a GPU, no SDPA, AdamW not fused, a wait in every step."""
+    """Build MAE as commonly run: fp16 with a loss scaler on a GPU, no SDPA, AdamW not fused, a wait in each step."""
     device = images.device
     model = models_mae.create_model(name, norm_pix_loss=True, **options)
     model.__class__ = PlainMAE

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(folder: Path, pictures: int, rounds: int, compared: int) -> list[dict[str, object]]:
-    """Rows of the table: time, images per second and core, ratio to the baseline, difference of the pixels."""
+    """Return the rows of the table: time, images per second and core, ratio to the baseline, pixel differences."""
     files = {"original": write_jpegs(folder, pictures)}
     for name, side in (("short side 256", {"short_side": 256}), ("longest side 400", {"long_side": 400})):
         place = folder / name
@@ -95,7 +95,7 @@ def measure(folder: Path, pictures: int, rounds: int, compared: int) -> list[dic
 
 
 def pixel_shard(files: list[Path], path: Path, **sizes: int) -> TarShards:
-    """A tar shard of the pictures' pixels, as `scripts/prepare_data.py --pixels` makes it."""
+    """Write a tar shard of the images' pixels, as `scripts/prepare_data.py --pixels` makes it."""
     with tarfile.open(path, "w") as tar:
         for number, picture in enumerate(files):
             buffer = io.BytesIO()
@@ -116,7 +116,7 @@ def _ours(sets: dict[str, ImageSet]) -> list[tuple[str, bool, str]]:
 
 
 def difference(function: Crop, files: list[Path], compared: int) -> tuple[int, float]:
-    """Largest and mean difference of its pixels from torchvision's pipeline on PIL images, of 255 levels."""
+    """Return the largest and mean difference of its pixels from torchvision's pipeline on PIL images, of 255 levels."""
     reference, apart = _Baseline(), []
     for number in range(compared):
         data = files[number % len(files)].read_bytes()
@@ -180,7 +180,7 @@ def _ours_crop(exact: bool) -> Crop:
 
 
 def candidates() -> dict[str, Crop]:
-    """Other ways that were considered, as far as their libraries are installed; without the flip's time but with it."""
+    """Return other ways that were considered, as far as their libraries are installed."""
     found: dict[str, Crop] = {"Pillow to uint8, torch's bicubic": _with_decoder(_pillow)}
     try:
         import simplejpeg

@@ -49,7 +49,7 @@ def _block_products(blocks: nn.ModuleList, width: int, length: int) -> int:
 def matmul_peak(
     device: torch.device, dtype: torch.dtype, clock: Callable[[], float] = time.perf_counter, rounds: int = 20
 ) -> float:
-    """FLOP/s of a large square matrix product, the best of `rounds`."""
+    """Return the FLOP/s of a large square matrix product, the best of `rounds`."""
     size = 8192 if device.type == "cuda" else 1536
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     out, best = torch.empty_like(left), float("inf")
@@ -63,7 +63,7 @@ def matmul_peak(
 
 
 def peak_memory(step: Callable[[], object], tensors: list[torch.Tensor]) -> float:
-    """Bytes that `step` needs: `tensors` that it keeps, and the most it allocates on top while it runs."""
+    """Return the bytes that `step` needs: `tensors` that it keeps, and the most it allocates on top while it runs."""
     kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -87,6 +87,6 @@ def _status(name: str) -> int:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
-    """Parameters, buffers and the optimizer's state."""
+    """Return parameters, buffers and the optimizer's state."""
     state = [value for values in optimizer.state.values() for value in values.values() if torch.is_tensor(value)]
     return [*model.parameters(), *model.buffers(), *state]

@@ -14,7 +14,7 @@ from util.distributed import world
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Rows with the same keys -> a Markdown table; a missing key is an empty cell."""
+    """Format rows with the same keys as a Markdown table; a missing key is an empty cell."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[str(row.get(name, "")) for name in names] for row in rows]
     widths = [max(len(name), *(len(line[i]) for line in cells)) for i, name in enumerate(names)]
@@ -23,7 +23,7 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def environment(packages: tuple[str, ...] = ("torch", "torchvision", "timm", "transformers")) -> dict[str, str]:
-    """Date, processor, GPU and versions, as they belong above every table."""
+    """Return date, processor, GPU and versions, for the head of a table."""
     found = {"date": datetime.date.today().isoformat(), "cpu": f"{world.usable_cores()} x {_processor()}"}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()

@@ -22,7 +22,7 @@ from util.training.saver import Saver
 
 
 def main(argv: list[str]) -> None:
-    """The same number of steps without and with a checkpoint, in turns."""
+    """Time the same number of steps without and with a checkpoint, in turns."""
     parser = argparse.ArgumentParser(prog="scripts/benchmark.py save", description=main.__doc__)
     gpu = torch.cuda.is_available()
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["base"])
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(name: str, arguments: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, object]:
-    """A row: what the training waits for, how long the writing takes, and how much longer the steps take in all."""
+    """Return a row: what the training waits for, how long writing takes, and how much longer all steps take."""
     ours = Ours(MODELS[name], device, precision.resolve_amp(None, device))
     step = ours.contender(torch.randn(arguments.batch_size, 3, 224, 224, device=device), masking.create("sbam")).step
     saver = Saver(folder, every_minutes=10, keep_last=None)
@@ -87,7 +87,7 @@ def measure(name: str, arguments: argparse.Namespace, device: torch.device, fold
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """How long `call` takes."""
+    """Return how long `call` takes."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start

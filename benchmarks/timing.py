@@ -17,7 +17,7 @@ def interleave(
     repeats: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each contender, one entry per round.
+    """Measure the seconds per call of each contender, one entry per round.
 
     Every round calls each contender `repeats` times in a row; the order rotates from round to round. The device is
     waited for before and after. `time.process_time` as the clock counts the processor's time only, which other
@@ -56,21 +56,21 @@ class Spread:
 
     @staticmethod
     def of(values: list[float]) -> Spread:
-        """Of at least one value."""
+        """Take median, smallest and largest of at least one value."""
         return Spread(median(values), min(values), max(values))
 
     def format(self, digits: int = 3) -> str:
-        """`median (low..high)` with that many significant digits."""
+        """Return `median (low..high)` with that many significant digits."""
         return f"{short(self.median, digits)} ({short(self.low, digits)}..{short(self.high, digits)})"
 
 
 def ratio(seconds: dict[str, list[float]], name: str, reference: str) -> Spread:
-    """How many times longer `name` takes than `reference`, paired round by round."""
+    """Return how many times longer `name` takes than `reference`, paired round by round."""
     return Spread.of([a / b for a, b in zip(seconds[name], seconds[reference], strict=True)])
 
 
 def short(value: float, digits: int = 3) -> str:
-    """`value` with `digits` significant digits, never in scientific notation where it can be avoided."""
+    """Return `value` with `digits` significant digits, never in scientific notation where it can be avoided."""
     if value and abs(value) >= 10**digits:
         return f"{value:.0f}"
     return f"{value:.{digits}g}"

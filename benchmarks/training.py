@@ -22,7 +22,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main(argv: list[str]) -> None:
-    """Steps of every model asked for, interleaved."""
+    """Time the steps of every model asked for, interleaved."""
     arguments = parse(argv)
     device = torch.device(arguments.device)
     if device.type == "cuda":
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags of `train` and `growth`."""
+    """Return the flags of `train` and `growth`."""
     parser = argparse.ArgumentParser(prog="scripts/benchmark.py train", description=main.__doc__)
     gpu = torch.cuda.is_available()
     add_device_flags(parser)
@@ -113,7 +113,7 @@ def _ours(ours: Ours, images: torch.Tensor) -> dict[str, Contender]:
 
 
 def _packing(name: str, images: torch.Tensor, amp: str, compiled: bool) -> dict[str, Contender]:
-    """Equal totals of tokens: one number for all, spread numbers packed, the same padded."""
+    """Return contenders with equal totals of tokens: one number for all, spread numbers packed, the same padded."""
     model = Ours(name, images.device, amp, compiled=compiled)
     padded = Ours(name, images.device, amp, compiled=compiled, padded=True)
     return {
@@ -156,7 +156,7 @@ def _milliseconds(seconds: list[float]) -> str:
 
 
 def fitting_batch(ours: Ours, device: torch.device, limit: int = 512) -> int:
-    """16 on the CPU; on a GPU the largest power of two, up to `limit`, that should need half of the free memory."""
+    """Return 16 on the CPU; on a GPU the power of two that should need half of the free memory, up to `limit`."""
     if device.type == "cpu":
         return 16
     images = torch.randn(32, 3, 224, 224, device=device)
@@ -171,12 +171,12 @@ def fitting_batch(ours: Ours, device: torch.device, limit: int = 512) -> int:
 
 
 def ours_bytes(contender: Contender) -> int:
-    """Bytes of parameters and optimizer state."""
+    """Return the bytes of parameters and optimizer state."""
     return sum(tensor.numel() * tensor.element_size() for tensor in contender.tensors())
 
 
 def growth(argv: list[str]) -> None:
-    """How a step's time grows with the batch, the image and the mask ratio."""
+    """Time how a step grows with the batch, the image and the mask ratio."""
     arguments = parse(argv)
     device = torch.device(arguments.device)
     amp = precision.resolve_amp(arguments.amp, device)
@@ -198,7 +198,7 @@ def growth(argv: list[str]) -> None:
 def _grow(
     label: str, values: list, case: Callable, arguments: argparse.Namespace, device: torch.device, amp: str
 ) -> list[dict]:
-    """Every value's `random` and `sbam_amr`, interleaved over the values."""
+    """Time `random` and `sbam_amr` at each value, interleaved over the values."""
     calls, counts = {}, {}
     for value in values:
         name, batch_size, img_size, mask_ratio = case(value)

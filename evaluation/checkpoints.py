@@ -58,12 +58,12 @@ class Opened:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width of the model's images."""
+        """Return the height and width of the model's images."""
         return self.model.patch_embed.img_size
 
 
 def untrained(name: str, device: torch.device | str = "cpu", **changes) -> Opened:
-    """A new model of `models_mae`, random weights from seed 0; `changes` are settings, as on the command line."""
+    """Build a model of `models_mae` with random weights from seed 0; `changes` are settings as on the command line."""
     check_device(device)
     settings = PretrainSettings(model=name, **changes)
     settings.check()
@@ -74,7 +74,7 @@ def untrained(name: str, device: torch.device | str = "cpu", **changes) -> Opene
 
 
 def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **changes) -> Opened:
-    """The model in a checkpoint of pre-training, fine-tuning or probing, or in one that the MAE authors published.
+    """Open the model in a checkpoint of this project, of any of its mains, or in one that the MAE authors published.
 
     The settings come from the checkpoint; what it does not tell (the name of the architecture, the sizes) is read from
     its tensors' shapes. Nothing that it names is imported, called or downloaded: a masking strategy of one's own, and a
@@ -147,13 +147,13 @@ def encoder_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def check_device(device: torch.device | str) -> None:
-    """ValueError for a GPU that is not there."""
+    """Raise ValueError for a GPU that is not there."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA GPU is visible here; leave it out, or use cpu")
 
 
 def check_pictures(settings: PretrainSettings) -> None:
-    """ValueError unless the pictures of these settings are what can be resized here."""
+    """Raise ValueError unless the pictures of these settings are what can be resized here."""
     if settings.loader is not None and settings.dataset == "folder":
         raise ValueError(
             f"--loader {settings.loader}: the model was trained on the arrays of a loader, and only pictures can be "
@@ -167,7 +167,7 @@ def check_pictures(settings: PretrainSettings) -> None:
 
 
 def settings_of(content: dict, state: dict, path: str | Path, changes: dict) -> PretrainSettings:
-    """A checkpoint's settings of model and data, over them what its tensors' shapes say, over all `changes`.
+    """Return a checkpoint's settings of model and data, over them what its tensors' shapes say, over all `changes`.
 
     What belongs to its training alone, such as the batch size or where it wrote, is left out.
     """
@@ -198,7 +198,7 @@ def settings_of(content: dict, state: dict, path: str | Path, changes: dict) -> 
 
 
 def told_grid(content: dict, state: dict[str, torch.Tensor]) -> tuple[int, int] | None:
-    """Rows and columns of patches, if a checkpoint tells them: as `grid`, or by the `input_size` of its settings."""
+    """Return rows and columns of patches if a checkpoint tells them: as `grid`, or by its `input_size`."""
     grid = tuple(content.get("grid") or ())
     if grid:
         if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != _places(state):
@@ -213,7 +213,7 @@ def told_grid(content: dict, state: dict[str, torch.Tensor]) -> tuple[int, int] 
 
 
 def _grid(content: dict, state: dict, path: str | Path, given: list[int] | None) -> tuple[int, int]:
-    """Rows and columns of patches: told by the checkpoint, of `given` images, or square. ValueError: they disagree."""
+    """Return rows and columns of patches: the checkpoint's, of `given` images, or square. ValueError: they differ."""
     try:
         told = told_grid(content, state)
     except ValueError as error:
@@ -237,7 +237,7 @@ def _grid(content: dict, state: dict, path: str | Path, given: list[int] | None)
 
 
 def assumed_shape(content: dict, state: dict[str, torch.Tensor]) -> str:
-    """A sentence where the shape of a model's images is not known, but taken as square; else nothing."""
+    """Return a sentence where the shape of a model's images is not known, but taken as square; else nothing."""
     if told_grid(content, state):
         return ""
     side = round(_places(state) ** 0.5)
@@ -257,7 +257,7 @@ def _patch(state: dict[str, torch.Tensor]) -> tuple[int, int]:
 
 
 def guess_model(state: dict[str, torch.Tensor], path: str | Path) -> str:
-    """The architecture whose width and depth a state dict has. ValueError: none, or `--model` is needed."""
+    """Return the architecture whose width and depth a state dict has. ValueError: none, or `--model` is needed."""
     width = state["pos_embed"].shape[-1]
     depth = 1 + max((int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)), default=-1)
     for name in models_mae.available_models():

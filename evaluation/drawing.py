@@ -30,14 +30,14 @@ class Column:
 
 
 def hide(images: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int], grey: float = 0.5) -> torch.Tensor:
-    """Images (N, C, H, W) with the removed patches of mask (N, L) painted grey; `draw` hatches them."""
+    """Paint the removed patches of mask (N, L) grey in images (N, C, H, W); `draw` hatches them."""
     return torch.where(_pixel_mask(images, mask, grid), torch.full_like(images, grey), images)
 
 
 def paste(
     images: torch.Tensor, reconstruction: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int]
 ) -> torch.Tensor:
-    """The reconstruction (N, C, H, W) where mask (N, L) removed patches, the images elsewhere."""
+    """Put the reconstruction (N, C, H, W) where mask (N, L) removed patches, and the images elsewhere."""
     return torch.where(_pixel_mask(images, mask, grid), reconstruction, images)
 
 
@@ -48,7 +48,7 @@ def denormalize_patches(pred: torch.Tensor, patches: torch.Tensor) -> torch.Tens
 
 
 def draw(columns: list[Column], *, map_label: str = "salience", cell: float = 1.5) -> Figure:
-    """The columns side by side. Maps share the scale 0..1 and one colour bar; `cell` is a picture's width in inches."""
+    """Draw the columns side by side. Maps share the scale 0..1 and a colour bar; `cell`: an image's width in inches."""
     rows = len(columns[0].pictures)
     height, width = columns[0].pictures.shape[-2:]
     lines = max(column.title.count("\n") for column in columns) + 1
@@ -82,14 +82,14 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def png(figure: Figure) -> bytes:
-    """A figure as a PNG file, for notebooks."""
+    """Return a figure as a PNG file, for notebooks."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=100)
     return buffer.getvalue()
 
 
 def _pixel_mask(images: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(N, 1, H, W) bool from a mask (N, L)."""
+    """Return (N, 1, H, W) bool from a mask (N, L)."""
     height, width = images.shape[2] // grid[0], images.shape[3] // grid[1]
     return mask.bool().view(-1, 1, *grid).repeat_interleave(height, 2).repeat_interleave(width, 3)
 

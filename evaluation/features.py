@@ -25,7 +25,7 @@ class _InOrder(Dataset):
 
 
 def in_order(dataset: Dataset, batch_size: int = 256, num_workers: int = 0) -> DataLoader:
-    """Batches of `dataset[0, index]`, all indices in order. Draws no random number."""
+    """Return batches of `dataset[0, index]`, all indices in order. Draw no random number."""
     own = torch.Generator()  # the loader would draw its workers' seed from the global one
     workers = {"num_workers": num_workers, "worker_init_fn": signals.worker_signals()}
     return DataLoader(_InOrder(dataset), batch_size=batch_size, generator=own, **workers)
@@ -33,7 +33,7 @@ def in_order(dataset: Dataset, batch_size: int = 256, num_workers: int = 0) -> D
 
 @torch.no_grad()
 def encode_images(model: nn.Module, images: torch.Tensor, pool: str = "mean") -> torch.Tensor:
-    """Features of whole, unmasked images.
+    """Compute features of whole, unmasked images.
 
     Args:
         model: `models_mae.MaskedAutoencoderViT`, as it is (`model.eval()` is the caller's).
@@ -61,7 +61,7 @@ def extract_features(
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features of all images of a data set from a masked autoencoder's encoder. Draws no random number.
+    """Compute features of all images of a data set with a masked autoencoder's encoder. Draw no random number.
 
     Args:
         model: `models_mae.MaskedAutoencoderViT`; put into evaluation mode.
@@ -85,7 +85,7 @@ def extract_features(
 def knn_accuracy(
     train: tuple[torch.Tensor, torch.Tensor], val: tuple[torch.Tensor, torch.Tensor], neighbours: int = 10
 ) -> float:
-    """Percent of `val` that its nearest `neighbours` in `train` classify rightly: cosine, weighted by distance.
+    """Return the percentage of `val` that its `neighbours` in `train` classify rightly: cosine, weighted by distance.
 
     Args:
         train, val: features (n, D) and classes (n,).
@@ -99,7 +99,7 @@ def knn_accuracy(
 
 
 def rank_me(features: torch.Tensor, epsilon: float = 1e-7) -> float:
-    """Effective rank of features (n, D): between 1 (collapsed) and min(n, D). RankMe, Garrido et al., 2023, Eq. 1.
+    """Compute the effective rank of features (n, D), 1 (collapsed) to min(n, D): RankMe, Garrido et al., 2023, Eq. 1.
 
     The exponential of the entropy of the singular values' shares, each share plus `epsilon`, as there.
     """

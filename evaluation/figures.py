@@ -73,12 +73,12 @@ def _name(settings: PretrainSettings) -> str:
 
 
 def temperature_of(strategy: masking.base.Strategy) -> float:
-    """Of the salience that a strategy goes by; 1 where it has none."""
+    """Return the temperature of the salience that a strategy goes by; 1 where it has none."""
     return getattr(strategy, "temperature", 1.0)
 
 
 def to_pixels(images: torch.Tensor, normalize: transforms.Normalize) -> torch.Tensor:
-    """Normalised images (N, C, H, W) back to 0..1."""
+    """Bring normalised images (N, C, H, W) back to 0..1."""
     return (images - normalize.shift) / normalize.scale
 
 
@@ -93,7 +93,7 @@ def columns(
     rebuilt: str | None = None,
     seed: int = 0,
 ) -> list[drawing.Column]:
-    """Columns for `drawing.draw`: image, salience, what each strategy removes, reconstruction, and pasted.
+    """Make the columns for `drawing.draw`: image, salience, what each strategy removes, reconstruction, and pasted.
 
     Args:
         model: `models_mae.MaskedAutoencoderViT` in evaluation mode.
@@ -136,7 +136,7 @@ def columns(
 def reconstruct(
     model: nn.Module, pred: torch.Tensor, normalized: torch.Tensor, normalize: transforms.Normalize
 ) -> torch.Tensor:
-    """Predicted patches (N, L, P) as images (N, C, H, W) in 0..1.
+    """Return predicted patches (N, L, P) as images (N, C, H, W) in 0..1.
 
     Under `norm_pix_loss` a prediction has no brightness and contrast of its own: each patch gets those of the true one,
     the removed ones too.
@@ -150,7 +150,7 @@ def reconstruct(
 def salience_statistics(
     model: nn.Module, images: torch.Tensor, strategy: masking.base.Strategy
 ) -> dict[str, torch.Tensor]:
-    """Statistics (N,) of normalised images (N, C, H, W), one number for each.
+    """Compute statistics (N,) of normalised images (N, C, H, W), one number for each.
 
     Returns:
         salient_share: share of tokens with salience above the strategy's `delta` (0.1 where it has none).

@@ -38,7 +38,7 @@ class Named(Dataset):
 
 
 def image_features(opened: Opened, pictures: list[str | Path], pool: str = "mean") -> torch.Tensor:
-    """Features of picture files, whole and unmasked: (n, embed_dim), or (n, L, embed_dim) with pool "tokens".
+    """Compute features of image files, whole and unmasked: (n, embed_dim), or (n, L, embed_dim) with pool "tokens".
 
     Each is resized and centre-cropped to the model's size.
 

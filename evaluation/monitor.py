@@ -26,7 +26,7 @@ RATIO_BINS = 20  # of the histogram of mask ratios, over 0..1
 
 
 def ratio_histogram(ratios: torch.Tensor) -> list[int]:
-    """How many mask ratios (N,) fall into each of the 20 bins [0, 0.05), ... [0.95, 1]."""
+    """Return how many mask ratios (N,) fall into each of the 20 bins [0, 0.05), ... [0.95, 1]."""
     return torch.histc((ratios.float().cpu() + 1e-6).clamp(max=1), RATIO_BINS, 0, 1).int().tolist()
 
 
@@ -46,7 +46,7 @@ class ImageSets:
 
 
 def open_sets(settings: PretrainSettings, size: tuple[int, int], train_images: int, val_images: int) -> ImageSets:
-    """The labelled images of the run's data set, else its unlabelled ones without k-NN. ValueError: there are none."""
+    """Open the labelled images of the run's data set, else its unlabelled ones, without k-NN. ValueError: none."""
     name, path, channels = settings.dataset, settings.data_path, settings.in_chans
     transform = transforms.evaluation_transform(size, 1.0)
 
@@ -123,7 +123,7 @@ class Monitor:
         return found
 
     def report(self, found: Look, step: int) -> dict:
-        """Pictures and numbers for TensorBoard; the numbers as `monitor_*` for log.txt. Bad pictures go to stderr."""
+        """Write figures and numbers to TensorBoard, name bad images on stderr, return the numbers for log.txt."""
         self.log.scalars({f"monitor/{name}": value for name, value in found.values.items()}, step)
         if found.picture is not None:
             self.log.figure("monitor/masks", found.picture, step)
@@ -135,7 +135,7 @@ class Monitor:
         return line
 
     def evaluate(self, model: nn.Module) -> Look:
-        """k-NN accuracy where there are labels, RankMe, salience."""
+        """Measure k-NN accuracy where there are labels, RankMe, salience."""
         val = self._features(model, self._sets.val)
         values = {"rank_me": features.rank_me(val[0])}
         if self._sets.train is not None:
@@ -145,7 +145,7 @@ class Monitor:
         return Look(values, found.get("mask_ratio"))
 
     def picture(self, model: nn.Module) -> Figure:
-        """The fixed images as the model sees them now."""
+        """Draw the fixed images as the model sees them now."""
         images = self._sets.val
         count = min(SHOWN_IMAGES, len(images))
         pixels = torch.stack([images[0, index * len(images) // count][0] for index in range(count)])
@@ -156,7 +156,7 @@ class Monitor:
         )
 
     def _name_bad(self) -> int:
-        """How many of the looked at pictures cannot be decoded; new ones are named on stderr.
+        """Name new images that cannot be decoded on stderr; return how many there are.
 
         `BadImages.collect` would wait for the other processes, which do not look.
         """
@@ -181,7 +181,7 @@ def salience_of_set(
     strategy: masking.base.Strategy,
     num_workers: int = 0,
 ) -> dict[str, torch.Tensor]:
-    """`figures.salience_statistics` of all images of a set, (n,) each, on the CPU."""
+    """Compute `figures.salience_statistics` of all images of a set, (n,) each, on the CPU."""
     found: dict[str, list[torch.Tensor]] = {}
     for pixels, _ in features.in_order(images, num_workers=num_workers):
         batch = figures.salience_statistics(model, normalize(pixels.to(normalize.shift.device)), strategy)
@@ -191,18 +191,18 @@ def salience_of_set(
 
 
 def due(settings: PretrainSettings, epoch: int) -> bool:
-    """True if there is something to look at after `epoch`."""
+    """Return whether there is something to look at after `epoch`."""
     return any(is_due(every, epoch, settings.epochs) for every in (settings.eval_every, settings.vis_every))
 
 
 def is_due(every: int | None, epoch: int, epochs: int) -> bool:
-    """True after every `every`-th epoch and after the last."""
+    """Return True after every `every`-th epoch and after the last."""
     return every is not None and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradient; the model's mode and all random states are given back after."""
+    """Evaluate without gradient in the block; the model's mode and all random states are restored after it."""
     training, before = model.training, (random.getstate(), np.random.get_state())
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():

@@ -15,13 +15,13 @@ Labelled = tuple[torch.Tensor, torch.Tensor]  # features (n, ...) and classes (n
 
 
 def linear_probe(train: Labelled, val: Labelled, **options) -> float:
-    """Percent of `val` that a linear classifier on features (n, D) gets right; `options` as for `fit_probe`."""
+    """Return the percentage of `val` that a linear classifier on features (n, D) gets right; see `fit_probe`."""
     width, classes = train[0].shape[-1], int(train[1].max()) + 1
     return fit_probe(lambda: nn.Linear(width, classes), train, val, **options)
 
 
 def attentive_probe(train: Labelled, val: Labelled, heads: int = 1, **options) -> float:
-    """The same on patch tokens (n, L, D), which a learned query pools by attention before the linear classifier."""
+    """Do the same on patch tokens (n, L, D), which a learned query pools by attention before the linear classifier."""
     width, classes = train[0].shape[-1], int(train[1].max()) + 1
 
     def build() -> nn.Module:

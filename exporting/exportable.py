@@ -38,7 +38,7 @@ class Exportable:
 
     @property
     def kind(self) -> str:
-        """autoencoder, classifier or encoder."""
+        """Return autoencoder, classifier or encoder."""
         if any(name.startswith("head.") for name in self.state):
             return "classifier"
         return "autoencoder" if "decoder_pred.weight" in self.state else "encoder"
@@ -64,7 +64,7 @@ def load_tensors(path: Path) -> tensor_names.State:
 
 
 def check_names(path: Path, settings: PretrainSettings, state: tensor_names.State) -> None:
-    """ValueError unless `state` is a whole autoencoder, encoder or classifier of the architecture."""
+    """Raise ValueError unless `state` is a whole autoencoder, encoder or classifier of the architecture."""
     with torch.device("meta"):
         wanted = base.build_model(settings).state_dict()
     if "decoder_pred.weight" not in state:
@@ -77,7 +77,7 @@ def check_names(path: Path, settings: PretrainSettings, state: tensor_names.Stat
 
 
 def check_heads(path: Path, settings: PretrainSettings, content: dict[str, Any], state: tensor_names.State) -> None:
-    """The number of heads is in no tensor: another number would load, and compute something else."""
+    """Raise ValueError for a different number of heads: no tensor holds it, and it would compute something else."""
     if "heads" not in content:
         return
     with torch.device("meta"):

@@ -24,7 +24,7 @@ _DESCRIPTION = ("args", "grid", "classes")  # what a file of ours tells besides 
 def read(
     path: str | Path, source: str | None = None, model: str | None = None, input_size: list[int] | None = None
 ) -> Exportable:
-    """A checkpoint of ours, or of another library.
+    """Read a checkpoint of this project or of another library.
 
     Args:
         path: file, or folder for "hf".

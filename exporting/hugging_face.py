@@ -30,7 +30,7 @@ HUGGING_FACE_FILES = ("model.safetensors", "config.json", "preprocessor_config.j
 
 
 def hugging_face_config(found: Exportable) -> dict[str, Any]:
-    """`config.json` of `ViTMAEForPreTraining` or `ViTForImageClassification`. ValueError: they have no such model."""
+    """Return `config.json` for `ViTMAEForPreTraining` or `ViTForImageClassification`. ValueError: neither fits."""
     with torch.device("meta"):
         model = base.build_model(found.settings)
     (height, width), (patch, other) = model.patch_embed.img_size, model.patch_embed.patch_size
@@ -95,7 +95,7 @@ def write(found: Exportable, folder: Path) -> None:
 
 
 def read(folder: Path) -> tuple[tensor_names.State, dict[str, Any]]:
-    """State and a checkpoint's other content from `config.json` and `model.safetensors`."""
+    """Read state and a checkpoint's other content from `config.json` and `model.safetensors`."""
     if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
         raise ValueError(f"{folder}: needs config.json and model.safetensors, as save_pretrained writes them")
     config = _read_config(folder)
@@ -127,7 +127,7 @@ def read(folder: Path) -> tuple[tensor_names.State, dict[str, Any]]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """`config.json`. ValueError: of a model that has no counterpart here."""
+    """Read `config.json`. ValueError: it is of a model that has no counterpart here."""
     config = json_object(folder / "config.json")
     check_kinds(folder / "config.json", config, _CONFIG_KINDS)
     if config.get("model_type") not in ("vit_mae", "vit"):
@@ -140,7 +140,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _other_epsilon(config: dict[str, Any]) -> str:
-    """A sentence where LayerNorm's epsilon is another than here, or nothing."""
+    """Return a sentence where LayerNorm's epsilon differs from ours, or nothing."""
     theirs, ours = config.get("layer_norm_eps") or 1e-12, models_mae.layer_norm(1).eps  # 1e-12: transformers' default
     if theirs == ours:
         return ""

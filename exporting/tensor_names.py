@@ -45,7 +45,7 @@ _NEWER = (
 
 
 def to_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
-    """Tensors of a masked autoencoder or of a class-token classifier under Hugging Face's names; qkv is split in three.
+    """Rename the tensors of an autoencoder or class-token classifier to Hugging Face's names; qkv is split in three.
 
     Raises:
         ValueError: a tensor that Hugging Face's models have not, such as `fc_norm.weight`.
@@ -66,7 +66,7 @@ def to_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def from_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
-    """The inverse of `to_hugging_face`, for files of old and new versions of transformers. ValueError: other names.
+    """Undo `to_hugging_face`, for files of old and new versions of transformers. ValueError: different names.
 
     Those of an encoder alone, `ViTMAEModel` or `ViTModel`, lack the `vit.` of the larger models' names.
     """
@@ -94,13 +94,13 @@ def from_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def encoder_or_classifier(state: Mapping[str, torch.Tensor]) -> State:
-    """What timm's ViT has: without the decoder, and with the two layers of a probe's head made one."""
+    """Return what timm's ViT has: without the decoder, and with the two layers of a probe's head made one."""
     state = {name: value for name, value in state.items() if not name.startswith(("decoder", "mask_token"))}
     return fold_probe_head(state)
 
 
 def fold_probe_head(state: State) -> State:
-    """The probe's head as one linear layer, which computes the same in evaluation mode; other heads stay."""
+    """Return the probe's head as one linear layer, which computes the same in evaluation mode; other heads stay."""
     if "head.1.weight" not in state:
         return state
     scale = (state["head.0.running_var"] + 1e-6).rsqrt()  # eps as in models_vit.add_probe_head
@@ -117,7 +117,7 @@ def _published_name(name: str) -> str:
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:
-    """`names[...]` for a name, or for what stands before `.weight` or `.bias`."""
+    """Return `names[...]` for a name, or for what stands before `.weight` or `.bias`."""
     if name in names:
         return names[name]
     stem, _, leaf = name.rpartition(".")

@@ -63,7 +63,7 @@ def check_ratio(name: str, value: float | str | Fraction) -> Fraction:
 
 
 def check_number(name: str, value: float, *, minimum: float = 0.0, exclusive: bool = False) -> float:
-    """`value` as a finite float of at least (`exclusive`: above) `minimum`; ValueError otherwise."""
+    """Return `value` as a finite float of at least (`exclusive`: above) `minimum`; ValueError otherwise."""
     fits = not isinstance(value, bool) and isinstance(value, (int, float)) and math.isfinite(value)
     if not fits or value < minimum or (exclusive and value == minimum):
         raise ValueError(
@@ -113,7 +113,7 @@ def reads_tokens(strategy: Strategy) -> bool:
 
 
 def check_needs(strategy: Strategy, offered: Iterable[str], giver: str = "this method") -> None:
-    """ValueError if `strategy` needs something that does not exist, or that `giver` does not offer."""
+    """Raise ValueError if `strategy` needs something that does not exist, or that `giver` does not offer."""
     name, wanted = getattr(strategy, "registered_name", type(strategy).__name__), needs(strategy)
     for unknown in sorted(wanted - set(NEEDS)):
         raise ValueError(

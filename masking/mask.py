@@ -59,12 +59,12 @@ class Mask:
 
     @functools.cached_property
     def kept(self) -> Sequences:
-        """Where the kept tokens lie: the encoder's sequences."""
+        """Locate the kept tokens: the encoder's sequences."""
         return Sequences.locate(self.ids_keep, self.num_keep, self.mask.shape[1], self.keep_lengths)
 
     @functools.cached_property
     def decoded(self) -> Sequences | None:
-        """Where the kept and the predicted tokens lie, in raster order: the decoder's sequences; None for all L."""
+        """Locate the kept and the predicted tokens, in raster order: the decoder's sequences; None for all L."""
         if self.thrown is None:
             return None
         num_tokens = self.mask.shape[1]

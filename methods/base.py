@@ -284,12 +284,12 @@ def create_strategy(settings: PretrainSettings) -> masking.base.Strategy:
 def check_strategy(
     strategy: masking.base.Strategy, model: nn.Module, offers: frozenset[str] = Method.offers, giver: str = "this model"
 ) -> None:
-    """ValueError if `strategy` cannot mask the images of `model`, or needs what is not among `offers`."""
+    """Raise ValueError if `strategy` cannot mask the images of `model`, or needs what is not among `offers`."""
     grid, width = model.patch_embed.grid_size, model.cls_token.shape[-1]
     with strategy_state.unchanged(strategy):
         masking.check(strategy, model.patch_embed.num_patches, width, grid=grid, offers=offers, giver=giver)
 
 
 def channel_statistics(settings: PretrainSettings) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation for normalisation."""
+    """Return the mean and deviation for normalisation."""
     return transforms.channel_statistics(settings.in_chans, settings.mean, settings.std)

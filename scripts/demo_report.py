@@ -42,7 +42,7 @@ def main(output: Path, strategies: list[str]) -> int:
 
 
 def helped(untrained: tuple, trained: tuple) -> bool:
-    """Both accuracies rose by more than chance could explain: 3 points are 11 of the 359 digits."""
+    """Return whether both accuracies rose by more than chance explains: 3 points are 11 of the 359 digits."""
     return all(after > before + 3 for before, after in zip(untrained[:2], trained[:2], strict=True))
 
 
@@ -51,17 +51,17 @@ def percent(value: float | None) -> str:
 
 
 def knn(run: Path) -> float:
-    """k-NN accuracy of a run's encoder, mean of the patch tokens."""
+    """Return the k-NN accuracy of a run's encoder, mean of the patch tokens."""
     return measure.measure(checkpoints.open_checkpoint(run / checkpoint.LAST), ("knn",))["knn"]
 
 
 def last_accuracy(run: Path) -> float:
-    """Accuracy after the last epoch, not the best."""
+    """Return the accuracy after the last epoch, not the best."""
     return json.loads((run / "log.txt").read_text().splitlines()[-1])["test_acc1"]
 
 
 def draw(run: Path, path: Path, num_images: int = 6) -> None:
-    """Images, salience, the three masks, and the reconstruction under AMR."""
+    """Draw images, salience, the three masks, and the reconstruction under AMR."""
     opened = checkpoints.open_checkpoint(run / checkpoint.LAST)
     images = monitor.open_sets(opened.settings, opened.size, 1, num_images).val
     pixels = torch.stack([images[0, index][0] for index in range(num_images)])

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_output(output: str | None) -> None:
-    """ValueError unless `--output` can be written: before the work."""
+    """Raise ValueError unless `--output` can be written: before the work."""
     if output is None:
         return
     if Path(output).is_dir():
@@ -67,7 +67,7 @@ def check_output(output: str | None) -> None:
 
 
 def open_model(given: argparse.Namespace) -> checkpoints.Opened:
-    """The checkpoint, or an untrained `--model`."""
+    """Open the checkpoint, or an untrained `--model`."""
     names = ("model", "dataset", "data_path", "input_size", "in_chans", "seed", "masking")
     changes = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,7 +79,7 @@ def open_model(given: argparse.Namespace) -> checkpoints.Opened:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "checkpoint", nargs="?", type=cli.path_text, help="of pre-training, fine-tuning or probing, or published by MAE"

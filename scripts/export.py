@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_output(given: argparse.Namespace) -> None:
-    """ValueError if `--output` is what is read, or there already, without `--overwrite`."""
+    """Raise ValueError if `--output` is what is read, or there already, without `--overwrite`."""
     output, is_folder = given.output, given.to == "hf"
     files = [output / name for name in hugging_face.HUGGING_FACE_FILES] if is_folder else [output]
     if output.is_dir() and not is_folder:
@@ -53,7 +53,7 @@ def check_output(given: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=cli.path_text, help="file, or folder with --from hf")
     direction = parser.add_mutually_exclusive_group(required=True)

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=cli.path_text, help="results.csv of scripts/sweep.py")
     parser.add_argument("--x", default="mask_ratio", help="column of the horizontal axis")

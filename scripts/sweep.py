@@ -91,7 +91,7 @@ def open_sweep(given: argparse.Namespace) -> list[trial.SweepRun]:
 
 
 def check(given: argparse.Namespace) -> None:
-    """ValueError for flags that cannot work, before the sweep file is read."""
+    """Raise ValueError for flags that cannot work, before the sweep file is read."""
     for name in ("parallel", "ngpus", "timeout", "cpus_per_task"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise ValueError(f"--{name} {getattr(given, name)}: must be at least 1")

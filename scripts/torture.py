@@ -99,7 +99,7 @@ def campaign(arguments: argparse.Namespace) -> int:
 
 
 def torture(case: tuple, kills: int, name: str, rng: random.Random, folder: Path) -> Tally:
-    """`kills` signals to runs of one case; a run that ends is compared and another one begins."""
+    """Send `kills` signals to runs of one case; compare each run that ends, and begin another."""
     tally, start = Tally(case, name), time.monotonic()
     wait(launch(case, folder / "reference"), 600)
     expected, tally.reference_s = final(folder / "reference"), time.monotonic() - start
@@ -155,7 +155,7 @@ def launch(case: tuple, output: Path) -> int:
 
 
 def fork(flags: list[str], output: Path) -> int:
-    """Without the seconds that importing takes."""
+    """Start a run without the seconds that importing takes."""
     process = os.fork()
     if process:
         return process
@@ -193,24 +193,24 @@ def strike(process: int, output: Path, name: str, within_a_write: bool, delay: f
 
 
 def children(process: int) -> list[int]:
-    """torchrun's workers, each of which leads a process group."""
+    """Return torchrun's workers, each of which leads a process group."""
     path = Path(f"/proc/{process}/task/{process}/children")
     return [child for child in map(int, path.read_text().split()) if os.getpgid(child) == child]
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, 0 if there is none."""
+    """Return the bytes of a file, 0 if there is none."""
     return path.stat().st_size if path.exists() else 0
 
 
 def crashed(output: Path, start: int) -> bool:
-    """Whether a run's output from byte `start` on has an error: a traceback through the main, or a sentence."""
+    """Return whether a run's output from byte `start` on has an error: a traceback through the main, or a sentence."""
     said = output.read_bytes()[start:].decode(errors="replace")
     return 'main_pretrain.py", line' in said or "error: " in said
 
 
 def wait(process: int, limit: float, reap: bool = True) -> int:
-    """The exit status, negative for a signal. TimeoutError after `limit` seconds, which nothing takes here."""
+    """Wait for the exit status, negative for a signal. TimeoutError after `limit` seconds, which nothing takes here."""
     options, end = os.WEXITED | os.WNOHANG | (0 if reap else os.WNOWAIT), time.monotonic() + limit
     while (result := os.waitid(os.P_PID, process, options)) is None:
         if time.monotonic() > end:
@@ -221,7 +221,7 @@ def wait(process: int, limit: float, reap: bool = True) -> int:
 
 
 def final(output: Path) -> dict:
-    """The last checkpoint."""
+    """Return the last checkpoint."""
     return checkpoint.load(output / checkpoint.LAST)
 
 
@@ -234,7 +234,7 @@ def same(one: dict, other: dict) -> bool:
 
 
 def flatten(value, prefix: str = "") -> dict:
-    """Nested containers -> {path: leaf}."""
+    """Flatten nested containers -> {path: leaf}."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None:
         return {prefix: value}

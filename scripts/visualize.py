@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def take_sizes(given: argparse.Namespace) -> None:
-    """The numbers after `--input_size` and `--patch_size`; what else stands there are more INPUTs."""
+    """Take the numbers after `--input_size` and `--patch_size`; what else stands there are more INPUTs."""
     for name in ("input_size", "patch_size"):
         values = getattr(given, name)
         if values is not None:
@@ -73,7 +73,7 @@ def take_sizes(given: argparse.Namespace) -> None:
 
 
 def check_numbers(given: argparse.Namespace) -> None:
-    """ValueError for numbers of which no picture can be made."""
+    """Raise ValueError for numbers of which no picture can be made."""
     if given.rows < 1:
         raise ValueError(f"--rows {given.rows}: must be at least 1")
     if not 0 < given.crop_pct <= 1:
@@ -81,7 +81,7 @@ def check_numbers(given: argparse.Namespace) -> None:
 
 
 def open_model(given: argparse.Namespace) -> tuple[checkpoints.Opened, list[str]]:
-    """The checkpoint or the untrained `--model`, and the pictures' places among the arguments."""
+    """Open the checkpoint or the untrained `--model`; return it, and the places of images among the arguments."""
     names = ("model", "input_size", "patch_size", "in_chans", "norm_pix_loss", "masking")
     changes = {name: getattr(given, name) for name in names if getattr(given, name) not in (None, "all")}
     if given.mask_ratio is not None:
@@ -96,7 +96,7 @@ def open_model(given: argparse.Namespace) -> tuple[checkpoints.Opened, list[str]
 
 
 def open_images(given: argparse.Namespace, opened: checkpoints.Opened, places: list[str]) -> datasets.ImageSet:
-    """The named pictures and folders; without any, the validation images of the digits (`--dataset digits`)."""
+    """Open the named images and folders; without any, the validation images of the digits (`--dataset digits`)."""
     channels = opened.settings.in_chans
     if given.dataset:
         return datasets.open_labelled(given.dataset, None, "val", channels)
@@ -116,7 +116,7 @@ def open_images(given: argparse.Namespace, opened: checkpoints.Opened, places: l
 
 
 def picture(images: measure.Named, index: int) -> torch.Tensor:
-    """Picture `index`, decoded, (C, H, W). ValueError names a file that is none."""
+    """Return image `index`, decoded, (C, H, W). ValueError names a file that is none."""
     try:
         return images[0, index][0]
     except OSError as error:
@@ -139,7 +139,7 @@ def choose_strategies(given: argparse.Namespace, opened: checkpoints.Opened) -> 
 
 
 def check_output(output: Path) -> None:
-    """ValueError unless `--output` is a PNG or PDF that can be written."""
+    """Raise ValueError unless `--output` is a PNG or PDF that can be written."""
     if output.suffix not in (".png", ".pdf"):
         raise ValueError(f"--output {output}: the name must end in .png or .pdf")
     if output.is_dir():
@@ -149,7 +149,7 @@ def check_output(output: Path) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "inputs",

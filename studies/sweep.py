@@ -170,7 +170,7 @@ def _run(content: dict[str, Any], point: dict[str, Any], folder: Path) -> SweepR
 
 
 def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """`first` updated with `second`; keys with a dot reach into a mapping: `masking_args.delta_r`."""
+    """Update `first` with `second`; keys with a dot reach into a mapping: `masking_args.delta_r`."""
     merged = {name: dict(value) if isinstance(value, dict) else value for name, value in first.items()}
     for name, value in second.items():
         outer, dot, inner = name.partition(".")
@@ -185,5 +185,5 @@ def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 
 def _matches(point: dict[str, Any], condition: dict[str, Any]) -> bool:
-    """True if the point has the condition's values; a list means any of them."""
+    """Return whether the point has the condition's values; a list means any of them."""
     return all(point[name] in (value if isinstance(value, list) else [value]) for name, value in condition.items())

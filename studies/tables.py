@@ -64,7 +64,7 @@ def summarize(table: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame
 
 
 def _check_only_seeds_differ(rows: pd.DataFrame, keys: list[str], metric: str) -> None:
-    """A sweep's settings are the columns up to `checkpoint`. In other tables, rows of one seed show what differs."""
+    """Raise ValueError unless rows differ in seeds only; a sweep's settings are the columns up to `checkpoint`."""
     settings = list(rows.columns[: rows.columns.get_loc("checkpoint") + 1]) if "checkpoint" in rows else []
     if len(rows) > (rows["seed"].nunique(dropna=False) if "seed" in rows else 1):
         settings = list(rows.columns)

@@ -47,12 +47,12 @@ class Step:
 
     @property
     def script(self) -> str:
-        """Path of the script, from the project's folder."""
+        """Return the script's path, from the project's folder."""
         return "scripts/evaluate.py" if self.task == "evaluate" else f"main_{self.task}.py"
 
     @functools.cached_property
     def settings(self) -> Settings | None:
-        """Settings of a training; None for an evaluation. ValueError: the flags are wrong."""
+        """Return the settings of a training; None for an evaluation. ValueError: the flags are wrong."""
         if self.task == "evaluate":
             return None
         return parsed(f"{self.folder.parent.name}: {self.task}", cli.parse, SETTINGS[self.task], list(self.argv))
@@ -116,7 +116,7 @@ class SweepRun:
     steps: tuple[Step, ...]
 
     def check(self) -> None:
-        """ValueError if the folder holds a pre-training that cannot become this one. More epochs continue it."""
+        """Raise ValueError if the folder holds a pre-training that cannot become this one. More epochs continue it."""
         pretrain = self.steps[0]
         if not checkpoint.own_checkpoints(pretrain.folder):
             return

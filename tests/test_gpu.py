@@ -9,7 +9,7 @@ from test_packing import LENGTHS, each_alone
 
 import masking
 import models_mae
-from methods import MAE, At, Inputs
+from methods import HPM, MAE, At, Inputs
 from util import optim, precision
 from util.packing import PackedLayout, packed_attention
 from util.training.averages import Averages
@@ -99,11 +99,25 @@ def _gradients(model) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("name", "waits"), [("random", 0), ("sbam", 0), ("sbam_amr", 1)])
-def test_a_training_step_never_makes_the_host_wait(name, waits):
-    """Under AMR once a micro-batch: the number of packed tokens is a shape."""
+@pytest.mark.parametrize(
+    ("name", "waits", "share", "kind"),
+    [
+        ("random", 0, 1, MAE),
+        ("sbam", 0, 1, MAE),
+        ("sbam", 0, 0.5, MAE),
+        ("color", 0, 1, MAE),
+        ("inverse_block", 0, 1, MAE),
+        ("hpm", 0, 1, HPM),
+        ("sbam_amr", 1, 1, MAE),
+        ("sbam_amr", 1, 0.5, MAE),
+        ("block", 1, 1, MAE),
+    ],
+)
+def test_a_training_step_never_makes_the_host_wait(name, waits, share, kind):
+    """Under AMR once a micro-batch: the number of packed tokens is a shape. Blocks are drawn on the host."""
     model, images = base_model(name, depth=2, decoder_depth=1), photographs(8).to(GPU)
-    method = MAE(model, masking.create(name))
+    method = kind(model, masking.create(name)).to(GPU)
+    method.decode_ratio, method.amp = share, "bf16"
     optimizer = optim.pretrain_adamw(method.parameter_groups(0.05), GPU)
     update = GradientStep(method, optimizer, precision.grad_scaler("bf16", GPU))
     averages, halves = Averages(GPU), [Inputs([images], torch.rand(8, 196, device=GPU)) for _ in range(2)]

@@ -126,7 +126,7 @@ def path_text(text: str) -> str:
 
 
 def check_printable(name: str, value: str) -> None:
-    """ValueError for a line break or another control character: it would end the #SBATCH line that holds the value."""
+    """Raise ValueError for a line break or control character: it would end the #SBATCH line that holds the value."""
     if not value.isprintable():
         raise ValueError(f"--{name} {value!r}: has a control character, such as a line break; take it out")
 
@@ -231,7 +231,7 @@ def _convert(hint: Any, value: Any) -> Any:
 
 
 def _as_list(value: Any) -> list:
-    """`224` for `[224]`, nothing for `[]`, and `{a: 1}` for `["a=1"]`, as people write them."""
+    """Return `224` for `[224]`, nothing for `[]`, and `{a: 1}` for `["a=1"]`, as people write them."""
     if value is None:
         return []
     if isinstance(value, dict):

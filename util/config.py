@@ -89,7 +89,7 @@ class Settings:
     dist_timeout: float = display(1800, "seconds after which a process that waits for the others gives up")
 
     def check(self) -> None:
-        """ValueError, in one sentence with flag, value and remedy, for values that cannot work in any task."""
+        """Raise ValueError, in one sentence with flag, value and remedy, for values that cannot work in any task."""
         if not self.output_dir:
             raise ValueError(
                 "--output_dir '': is empty; MAE then saves nothing, but a run here needs a folder to continue from: "
@@ -123,7 +123,7 @@ class Settings:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be between 0 and 1")
 
     def resolved_accum_iter(self, world_size: int) -> int:
-        """Micro-batches per step: from `effective_batch_size` where it is given. ValueError if it does not divide."""
+        """Return micro-batches per step, from `effective_batch_size` if given. ValueError if it does not divide."""
         effective, micro = self.effective_batch_size, self.batch_size * world_size
         if effective is None:
             return self.accum_iter or 1
@@ -141,17 +141,17 @@ class Settings:
         return effective // micro
 
     def resolved_effective_batch_size(self, world_size: int) -> int:
-        """Images of one optimizer step, over all processes and micro-batches."""
+        """Return the images of one optimizer step, over all processes and micro-batches."""
         return self.batch_size * self.resolved_accum_iter(world_size) * world_size
 
     def resolved_lr(self, world_size: int) -> float:
-        """Peak learning rate: `lr`, else blr * effective batch / 256."""
+        """Return the peak learning rate: `lr`, else blr * effective batch / 256."""
         if self.lr is not None:
             return self.lr
         return self.blr * self.batch_size * self.resolved_accum_iter(world_size) * world_size / 256
 
     def size(self, name: str) -> tuple[int, int] | None:
-        """`input_size` or `patch_size` as (height, width); None where the model's own is meant."""
+        """Return `input_size` or `patch_size` as (height, width); None where the model's own is meant."""
         value = getattr(self, name)
         return (value[0], value[-1]) if value else None
 
@@ -202,7 +202,7 @@ class PretrainSettings(Settings):
     vis_every: int | None = display(None, "epochs between two pictures of masks and reconstructions, for TensorBoard")
 
     def check(self) -> None:
-        """As `Settings.check`, and what only pre-training has."""
+        """Check as `Settings.check`, and what only pre-training has."""
         super().check()
         if not 0 < exact_ratio(self.mask_ratio, "--mask_ratio") < 1:
             raise ValueError(f"--mask_ratio {self.mask_ratio}: must be between 0 and 1, both excluded")
@@ -224,7 +224,7 @@ class PretrainSettings(Settings):
 
 
 def check_crop_scale(scale: list[float]) -> None:
-    """ValueError unless `scale` is a range within (0, 1]."""
+    """Raise ValueError unless `scale` is a range within (0, 1]."""
     if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"--crop_scale {scale}: give two numbers, the smallest and the largest area, in (0, 1]")
 
@@ -249,11 +249,11 @@ class SupervisedSettings(Settings):
 
     @property
     def pools(self) -> bool:
-        """True for global pooling, False for the class token; fine-tuning pools by default, probing does not."""
+        """Return True for global pooling, False for the class token; fine-tuning pools by default, probing does not."""
         return self._pools_by_default and not self.cls_token if self.global_pool is None else self.global_pool
 
     def check(self) -> None:
-        """As `Settings.check`, and what fine-tuning and probing share."""
+        """Check as `Settings.check`, and what fine-tuning and probing share."""
         super().check()
         if self.global_pool and self.cls_token:
             raise ValueError("--global_pool and --cls_token: choose one of them")
@@ -288,11 +288,11 @@ class FinetuneSettings(SupervisedSettings):
 
     @property
     def mixes(self) -> bool:
-        """True where mixup or cutmix is on."""
+        """Return whether mixup or cutmix is on."""
         return self.mixup > 0 or self.cutmix > 0 or bool(self.cutmix_minmax)
 
     def check(self) -> None:
-        """As `SupervisedSettings.check`, and what only fine-tuning has."""
+        """Check as `SupervisedSettings.check`, and what only fine-tuning has."""
         super().check()
         self._check_unit("drop_path", "smoothing", "reprob", "mixup_prob", "mixup_switch_prob")
         self._check_minimum(0, "mixup", "cutmix")
@@ -322,6 +322,6 @@ class LinprobeSettings(SupervisedSettings):
     _pools_by_default: ClassVar[bool] = False
 
     def check(self) -> None:
-        """As `SupervisedSettings.check`; BatchNorm needs two images."""
+        """Check as `SupervisedSettings.check`; BatchNorm needs two images."""
         super().check()
         self._check_minimum(2, "batch_size")

@@ -6,12 +6,12 @@ import numpy as np
 
 
 def npy(path: str) -> np.ndarray:
-    """An array (H, W) or (H, W, C) that numpy.save wrote; nothing in the file is executed."""
+    """Read an array (H, W) or (H, W, C) that numpy.save wrote; nothing in the file is executed."""
     return np.load(path, allow_pickle=False)
 
 
 def tiff(path: str) -> np.ndarray:
-    """A TIFF of any depth and number of bands, (H, W) or (H, W, C); planes in the file's first axis become the last."""
+    """Read a TIFF of any depth and number of bands, (H, W) or (H, W, C); planes in the first axis become the last."""
     try:
         import tifffile
     except ImportError as error:

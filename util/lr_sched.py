@@ -8,7 +8,7 @@ import torch
 
 
 def learning_rate(epoch: float, *, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """Linear warm-up from 0 to `lr`, then half a cosine down to `min_lr`.
+    """Return the rate: linear warm-up from 0 to `lr`, then half a cosine down to `min_lr`.
 
     Args:
         epoch: fractional epoch, 0 at the first step.

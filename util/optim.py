@@ -15,13 +15,13 @@ def pretrain_adamw(groups: list[dict], device: torch.device) -> torch.optim.Adam
 def finetune_adamw(
     model: nn.Module, weight_decay: float, layer_decay: float, device: torch.device
 ) -> torch.optim.AdamW:
-    """AdamW of fine-tuning: betas (0.9, 0.999), learning rates falling by `layer_decay` with depth."""
+    """Build AdamW of fine-tuning: betas (0.9, 0.999), learning rates falling by `layer_decay` with depth."""
     groups = layer_decay_groups(model, weight_decay, layer_decay)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=device.type in ("cuda", "cpu"))
 
 
 def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict]:
-    """timm's groups with `lr_scale` = decay^(depth + 1 - layer), the final norm on the head's layer as in MAE.
+    """Return timm's groups with `lr_scale` = decay^(depth + 1 - layer), the final norm on the head's layer as in MAE.
 
     Layer 0 is the embedding, layer i + 1 is block i, layer depth + 1 is everything after the blocks.
     """
@@ -60,7 +60,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for parameter in group["params"]:

@@ -37,7 +37,7 @@ class PackedLayout:
 
     @staticmethod
     def from_lengths(lengths: tuple[int, ...], device: torch.device) -> PackedLayout:
-        """Layout of sequences of `lengths` tokens, in this order."""
+        """Lay out sequences of `lengths` tokens, in this order."""
         offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         if device.type == "cuda":
             offsets = offsets.pin_memory().to(device, non_blocking=True)  # a pageable copy would make the host wait
@@ -46,7 +46,7 @@ class PackedLayout:
 
 
 def packed_attention(qkv: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-    """Self-attention within each sequence of a packed batch.
+    """Compute self-attention within each sequence of a packed batch.
 
     In half precision on a GPU one kernel serves all lengths; elsewhere sequences of equal length share a call.
 
@@ -66,7 +66,7 @@ def packed_attention(qkv: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=2)  # every block of a forward and a backward pass asks for the same
 def _groups(lengths: tuple[int, ...], device: torch.device) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-    """One (n, length) index into the packed tokens for every length; the index (T,) that undoes their order."""
+    """Return one (n, length) index into the packed tokens for every length; the index (T,) that undoes their order."""
     starts: dict[int, list[int]] = {}
     for length, end in zip(lengths, accumulate(lengths), strict=True):
         starts.setdefault(length, []).append(end - length)
@@ -81,7 +81,7 @@ def _groups(lengths: tuple[int, ...], device: torch.device) -> tuple[tuple[torch
 # An operator of its own: to the compiler the number of groups would be part of the graph.
 @torch.library.custom_op("sbam::attention_by_length", mutates_args=())
 def _attention_by_length(qkv: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """`packed_attention`, one dense call for every length that occurs."""
+    """Compute `packed_attention` with one dense call for every length that occurs."""
     groups, inverse = _groups(tuple(lengths.tolist()), qkv.device)
     outputs = []
     for index in groups:
@@ -92,7 +92,7 @@ def _attention_by_length(qkv: torch.Tensor, lengths: torch.Tensor) -> torch.Tens
 
 @torch.library.custom_op("sbam::attention_by_length_backward", mutates_args=())
 def _attention_by_length_backward(grad: torch.Tensor, qkv: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Gradient (T, 3, H, d) from that of the output (T, H, d). The weights are computed again, as flash kernels do."""
+    """Return the gradient (T, 3, H, d) from the output's (T, H, d); compute the weights again, as flash kernels do."""
     groups, inverse = _groups(tuple(lengths.tolist()), qkv.device)
     scale = qkv.shape[-1] ** -0.5
     outputs = []
@@ -108,7 +108,7 @@ def _attention_by_length_backward(grad: torch.Tensor, qkv: torch.Tensor, lengths
 
 
 def _heads_first(qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(n, length, 3, H, d) -> three of (n, H, length, d)."""
+    """Split (n, length, 3, H, d) -> three of (n, H, length, d)."""
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -137,7 +137,7 @@ class PackedAttention(Attention):
     """timm's attention, which also takes a packed batch: then `attn_mask` is its `PackedLayout`."""
 
     def forward(self, x: torch.Tensor, attn_mask: PackedLayout | torch.Tensor | None = None, **kwargs) -> torch.Tensor:
-        """(N, K, D) -> (N, K, D), or with a layout (T, D) -> (T, D)."""
+        """Attend: (N, K, D) -> (N, K, D), or with a layout (T, D) -> (T, D)."""
         if not isinstance(attn_mask, PackedLayout):
             return super().forward(x, attn_mask=attn_mask, **kwargs)
         qkv = self.qkv(x).reshape(x.shape[0], 3, self.num_heads, self.head_dim)

@@ -8,7 +8,7 @@ from timm.layers import resample_abs_pos_embed
 
 
 def sincos_2d(embed_dim: int, grid_size: tuple[int, int], cls_token: bool = True) -> torch.Tensor:
-    """MAE's position table, computed in float64.
+    """Compute MAE's position table, in float64.
 
     The first half of the channels encodes the column, the second half the row; each half is [sin, cos] of the index
     times the frequencies 10000^(-k / (embed_dim / 4)).

@@ -36,7 +36,7 @@ def full_fp32(device_type: str) -> Iterator[None]:
 
 
 def resolve_amp(amp: str | None, device: torch.device) -> str:
-    """The `--amp` setting that will be used: bf16 where the GPU has it, else fp16; `none` on a CPU."""
+    """Return the `--amp` setting that will be used: bf16 where the GPU has it, else fp16; `none` on a CPU."""
     if amp is not None:
         return amp
     if device.type != "cuda":
@@ -45,11 +45,11 @@ def resolve_amp(amp: str | None, device: torch.device) -> str:
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """An autocast context for `--amp` (`bf16`, `fp16` or `none`) on `device`."""
+    """Return an autocast context for `--amp` (`bf16`, `fp16` or `none`) on `device`."""
     dtype = AMP_DTYPES[amp]
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def grad_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
-    """The loss scaler that fp16 needs; a pass-through for every other format."""
+    """Return the loss scaler that fp16 needs; a pass-through for every other format."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")

@@ -16,7 +16,7 @@ ORDER, SAMPLE, STEP, MODEL, NOISE, DECODE, DRAW = range(7)
 
 
 def derive(seed: int, *keys: int) -> int:
-    """A 63-bit seed for (seed, *keys), which are all below 2^63; near-by keys give unrelated seeds."""
+    """Return a 63-bit seed for (seed, *keys), which are all below 2^63; near-by keys give unrelated seeds."""
     packed = struct.pack(f"<{len(keys) + 1}q", seed, *keys)
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little") >> 1
 
@@ -28,7 +28,7 @@ def seed_all(seed: int) -> None:
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """State for one optimizer step on one rank: masking noise, drop path, mixup."""
+    """Set the random state of one optimizer step on one rank: masking noise, drop path, mixup."""
     seed_all(derive(seed, STEP, step, rank))
 
 
@@ -51,7 +51,7 @@ def step_draw(seed: int, step: int) -> float:
 
 @contextlib.contextmanager
 def sample_state(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """State for the augmentation of sample `index` in `epoch`; the caller's own state is given back after."""
+    """Set the random state for the augmentation of sample `index` in `epoch`; restore the caller's after the block."""
     if torch.utils.data.get_worker_info() is not None:  # nobody else draws in a loader's worker
         _seed_host(derive(seed, SAMPLE, epoch, index))
         yield
@@ -73,6 +73,6 @@ def _seed_host(value: int) -> None:
 
 
 def permutation(seed: int, epoch: int, length: int) -> list[int]:
-    """The order of the samples in `epoch`: a permutation of 0..length-1, the same on every rank."""
+    """Return the order of the samples in `epoch`: a permutation of 0..length-1, the same on every rank."""
     generator = torch.Generator().manual_seed(derive(seed, ORDER, epoch))
     return torch.randperm(length, generator=generator).tolist()

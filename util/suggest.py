@@ -10,13 +10,13 @@ _ALIKE = 0.65
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the known name most like `name`; empty if none is like it."""
+    """Return ` (did you mean 'x'?)` for the known name most like `name`; empty if none is like it."""
     found = difflib.get_close_matches(name, list(known), n=1, cutoff=_ALIKE)
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
 def check_known(flag: str, name: str, known: Iterable[str]) -> None:
-    """ValueError that lists the known names, unless `name` is one of them."""
+    """Raise ValueError that lists the known names, unless `name` is one of them."""
     known = list(known)
     if name not in known:
         raise ValueError(f"--{flag} {name}: unknown{nearest(name, known)}; available: {', '.join(known)}")

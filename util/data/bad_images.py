@@ -33,11 +33,11 @@ class BadImages:
         return bool(self._marked[index])
 
     def mark(self, index: int) -> None:
-        """Picture `index` is bad. Called by a worker; marking twice is marking once."""
+        """Mark image `index` as bad. A worker calls it; marking twice is marking once."""
         self._marked[index] = True
 
     def too_many(self) -> bool:
-        """True once this process knows of more than the run accepts: its next `collect` ends it."""
+        """Return whether this process knows of more than the run accepts; then its next `collect` ends it."""
         return self._exceeds(int(self._marked.sum()))
 
     def _exceeds(self, count: int) -> bool:
@@ -82,7 +82,7 @@ class BadImages:
         raise TooManyBadImages(2)
 
     def _say(self, new: list[int]) -> None:
-        """Every one that the run accepts; of those that end it, as many as there may be."""
+        """Name every one that the run accepts; of those that end it, as many as there may be."""
         if not world.is_main():
             return
         most = max(20, int(self.max_share * self.num_images))

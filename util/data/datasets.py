@@ -60,35 +60,35 @@ class ImageSet:
 
     @functools.cached_property
     def digest(self) -> str | None:
-        """A hash of the ordered names of the images, as far as the source knows them."""
+        """Return a hash of the ordered names of the images, as far as the source knows them."""
         return names.digest(self.source)
 
     def relabelled(self, classes: tuple[str, ...]) -> ImageSet:
-        """The same pictures, their classes numbered as in `classes`."""
+        """Return the same images, their classes numbered as in `classes`."""
         number = np.array([classes.index(name) for name in self.classes])
         return replace(self, labels=number[self.labels], classes=classes)
 
     def picture(self, index: int) -> Image.Image:
-        """Picture `index` for PIL. OSError names it if it cannot be decoded."""
+        """Return image `index` for PIL. OSError names it if it cannot be decoded."""
         return self.decoded(index, self.to_picture)
 
     def pixels(self, index: int) -> torch.Tensor:
-        """Picture `index` as a tensor (H, W, C), `uint8` or fp32. OSError names it if it cannot be decoded."""
+        """Return image `index` as a tensor (H, W, C), `uint8` or fp32. OSError names it if it cannot be decoded."""
         return self.decoded(index, self.to_pixels)
 
     def to_picture(self, content: decode.Content) -> Image.Image:
-        """As `decode.to_picture`, in the wanted channels."""
+        """Decode as `decode.to_picture`, in the wanted channels."""
         return decode.to_picture(content, decode.MODES[self.channels])
 
     def to_pixels(self, content: decode.Content) -> torch.Tensor:
-        """As `decode.to_pixels`. ValueError if the values are of another type than `dtype`."""
+        """Decode as `decode.to_pixels`. ValueError if the values are of a type other than `dtype`."""
         found = decode.dtype_of(content)
         if self.dtype is not None and found != self.dtype:
             raise ValueError(f"its values are {found}, those of the first picture {self.dtype}; they must be alike")
         return decode.to_pixels(content, self.channels)
 
     def decoded(self, index: int, decoder: Callable):
-        """What `decoder` makes of the content of picture `index`; an OSError with its name for any error."""
+        """Decode the content of image `index` with `decoder`; an OSError with its name for any error."""
         try:
             return decoder(self.source.read(index))
         except Exception as error:  # decoders raise everything
@@ -133,7 +133,7 @@ class SeededImages(Dataset):
         raise OSError(f"{self._describe(index)}; nor can the {len(self)} pictures from it on")
 
     def name(self, index: int) -> str:
-        """Of picture `index`, for messages."""
+        """Return the name of image `index`, for messages."""
         return self.images.source.name(index)
 
     def _sample(self, index: int, key: tuple[int, int]):
@@ -152,7 +152,7 @@ class SeededImages(Dataset):
                 raise OSError(f"{self.name(index)}: the transform failed ({decode.reason(error)})") from error
 
     def _blank(self) -> Image.Image | torch.Tensor:
-        """A picture that fits into a batch with the others."""
+        """Return a blank image that fits into a batch with the others."""
         array, dtype = np.zeros((8, 8, self.images.channels), dtype=np.uint8), self.images.dtype
         return self._decoder(array if self._decoder == self.images.to_picture or dtype is None else array.astype(dtype))
 
@@ -165,7 +165,7 @@ class SeededImages(Dataset):
 
 
 def open_unlabelled(name: str, data_path: str | None, in_chans: int, loader: str | None = None) -> ImageSet:
-    """Pictures to pre-train on, of the split train; of a folder without train/ all below it.
+    """Open images to pre-train on, of the split train; of a folder without train/ all below it.
 
     Args:
         name: of the data set: folder, digits, wds, hfds, torch/NAME; see docs/DATA.md.
@@ -192,7 +192,7 @@ def open_unlabelled(name: str, data_path: str | None, in_chans: int, loader: str
 
 
 def open_labelled(name: str, data_path: str | None, split: str, in_chans: int) -> ImageSet:
-    """Pictures with classes; of a folder `data_path`/{train,val}/<class>/<picture>. A class may have no picture.
+    """Open images with classes; of a folder `data_path`/{train,val}/<class>/<image>. A class may have no image.
 
     Raises:
         ValueError: unknown data set, nothing at `data_path`, or a picture without a class.
@@ -239,7 +239,7 @@ def _class_folders(root: Path, in_chans: int) -> ImageSet:
 
 
 def check(name: str, in_chans: int, loader: str | None) -> None:
-    """ValueError for a data set, a number of channels or a loader that cannot be."""
+    """Raise ValueError for a data set, a number of channels or a loader that cannot be."""
     kind = name.partition("/")[0]
     if kind in _STREAMS:
         raise ValueError(f"--dataset {name}: a stream cannot be resumed exactly; use hfds/..., wds or a folder")
@@ -291,7 +291,7 @@ def _with_classes(images: ImageSet) -> ImageSet:
 
 
 def check_several_classes(images: ImageSet) -> None:
-    """ValueError: all images are of one class, which any classifier gets right."""
+    """Raise ValueError: all images are of one class, which any classifier gets right."""
     first = images.labels[0]
     if (np.asarray(images.labels) == first).all():
         raise ValueError(
@@ -315,7 +315,7 @@ def _with_loader(root: Path, loader: str, in_chans: int) -> ImageSet:
 
 
 def _all_like_the_first(images: ImageSet, most: int = 1000) -> tuple[ImageSet, OSError | None]:
-    """The same pictures, held to the type of the first good one of them, and what is wrong with a bad one before it.
+    """Hold the images to the type of the first good one; return them, and what is wrong with a bad one before it.
 
     Mixed types cannot make a batch, or would be normalised wrongly.
     """
@@ -338,7 +338,7 @@ def _folder(data_path: str | None) -> Path:
 
 
 def _digits(split: str, in_chans: int) -> ImageSet:
-    """scikit-learn's 1797 handwritten digits, 8 x 8 pixels; every fifth is for validation."""
+    """Return scikit-learn's 1797 handwritten digits, 8 x 8 pixels; every fifth is for validation."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

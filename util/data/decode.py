@@ -99,7 +99,7 @@ def _fast_jpeg_pixels(image: Image.Image, content: bytes) -> torch.Tensor | None
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with a picture, in words that are the same every time."""
+    """Describe what is wrong with an image, in words that are the same every time."""
     if isinstance(error, UnidentifiedImageError):
         return "in no format that Pillow knows"
     return " ".join(str(error).split()) or type(error).__name__
@@ -107,7 +107,7 @@ def reason(error: Exception) -> str:
 
 @cache
 def fast_jpeg():
-    """torchcodec's JPEG decoder, which gives Pillow's pixels sooner; None where it is not installed for this torch."""
+    """Return torchcodec's JPEG decoder, which gives Pillow's pixels faster; None where it is not installed."""
     try:
         from torchcodec.decoders import decode_jpeg
     except (ImportError, OSError, RuntimeError):
@@ -116,12 +116,12 @@ def fast_jpeg():
 
 
 def _grey_as_2d(array: np.ndarray) -> np.ndarray:
-    """(H, W, 1) -> (H, W), as Pillow has it; others as they are."""
+    """Squeeze (H, W, 1) -> (H, W), as Pillow has it; leave others as they are."""
     return array[..., 0] if array.ndim == 3 and array.shape[2] == 1 else array
 
 
 def dtype_of(content: Content) -> np.dtype:
-    """The type of a content's values, in the byte order of this machine; picture files are decoded to `uint8`."""
+    """Return the type of a content's values, in this machine's byte order; image files are decoded to `uint8`."""
     return content.dtype.newbyteorder("=") if isinstance(content, np.ndarray) else np.dtype(np.uint8)
 
 

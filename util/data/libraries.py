@@ -25,7 +25,7 @@ _LABELS = ("label", "labels", "fine_label", "cls")
 
 
 def open_torchvision(name: str, data_path: str | None, split: str) -> Opened:
-    """`torch/cifar10` and the like. ValueError if torchvision does not know it or does not find its files."""
+    """Open `torch/cifar10` and the like. ValueError if torchvision does not know it or does not find its files."""
     title = name.partition("/")[2]
     try:
         data = create_dataset(name, root=data_path or "", split="train" if split == "train" else "validation")
@@ -71,7 +71,7 @@ class _Rows:
 
 
 def open_hugging_face(name: str, data_path: str | None, split: str) -> Opened:
-    """`hfds/...`: a name on the hub, or a folder of Parquet or Arrow files; or just `hfds`, the folder is `data_path`.
+    """Open `hfds/...`: a name on the hub, or a folder of Parquet or Arrow files; for `hfds` alone, `data_path`.
 
     Raises:
         ValueError: it cannot be opened, or has no such split or no column of pictures.
@@ -121,7 +121,7 @@ def _labels_of(data) -> tuple[np.ndarray, tuple[str, ...], str]:
 
 
 def _load_split(datasets, place: str, cache: str | None, split: str):
-    """The split as a table of plain values. Folders that save_to_disk wrote are not for load_dataset.
+    """Load the split as a table of plain values. Folders that save_to_disk wrote are not for load_dataset.
 
     timm is not asked: where its column is missing, it adds one without pictures.
     """

@@ -142,5 +142,5 @@ class ResizedWriter:
 
 
 def _encoded(text: str) -> bytes:
-    """Names of files may be in any encoding; the same bytes are written again."""
+    """Encode a file's name to the bytes it had, in whatever encoding they were."""
     return text.encode("utf-8", "surrogateescape")

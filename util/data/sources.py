@@ -20,10 +20,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Content:
-        """The encoded file, or its pixels."""
+        """Return the encoded file, or its pixels."""
 
     def name(self, index: int) -> str:
-        """What a person can find it by."""
+        """Return the name by which a person can find it."""
 
 
 class Strings(Sequence):
@@ -65,12 +65,12 @@ class Files:
         return len(self.paths)
 
     def read(self, index: int) -> Content:
-        """The file's bytes, or what the loader makes of it."""
+        """Return the file's bytes, or what the loader makes of it."""
         path = self.paths[index]
         return Path(path).read_bytes() if self.loader is None else np.asarray(self.loader(path))
 
     def name(self, index: int) -> str:
-        """Its path."""
+        """Return its path."""
         return self.paths[index]
 
 
@@ -84,11 +84,11 @@ class Chosen:
         return len(self.indices)
 
     def read(self, index: int) -> Content:
-        """As the other source."""
+        """Do as the other source."""
         return self.source.read(self.indices[index])
 
     def name(self, index: int) -> str:
-        """As the other source."""
+        """Do as the other source."""
         return self.source.name(self.indices[index])
 
 
@@ -102,11 +102,11 @@ class Arrays:
         return len(self.arrays)
 
     def read(self, index: int) -> Content:
-        """The pixels."""
+        """Return the pixels."""
         return np.asarray(self.arrays[index])
 
     def name(self, index: int) -> str:
-        """The data set and the number."""
+        """Return the data set and the number."""
         return f"{self.title}, picture {index}"
 
 
@@ -162,7 +162,7 @@ def _refuse(error: OSError) -> NoReturn:
 
 
 def import_loader(name: str) -> Callable[[str], np.ndarray]:
-    """The function `package.module:function`. ValueError if there is none."""
+    """Return the function `package.module:function`. ValueError if there is none."""
     module, colon, function = name.partition(":")
     if not colon:
         raise ValueError(f"--loader {name}: write package.module:function, such as util.loaders:npy")

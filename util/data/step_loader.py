@@ -50,29 +50,29 @@ class StepPlan:
 
     @property
     def effective_batch_size(self) -> int:
-        """Samples in a full step, over all processes."""
+        """Return the samples in a full step, over all processes."""
         return self.batch_size * self.accum_iter * self.world_size
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch: samples / effective batch, rounded to the nearest, at least 1."""
+        """Return the optimizer steps in an epoch: samples / effective batch, rounded to the nearest, at least 1."""
         full, rest = divmod(self.num_samples, self.effective_batch_size)
         alone = 2 * rest >= self.effective_batch_size and rest >= self.multiple * self.world_size
         return max(1, full + alone)
 
     @property
     def accumulates(self) -> bool:
-        """True where some process has several micro-batches in some step."""
+        """Return whether some process has several micro-batches in some step."""
         last = self.num_samples - (self.steps_per_epoch - 1) * self.effective_batch_size
         return self.accum_iter > 1 or -(-last // self.world_size) > self.batch_size
 
     def step_size(self, step: int) -> int:
-        """Samples of step `step` of an epoch, over all processes."""
+        """Return the samples of step `step` of an epoch, over all processes."""
         first = step * self.effective_batch_size
         return self.num_samples - first if step == self.steps_per_epoch - 1 else self.effective_batch_size
 
     def places(self, step: int) -> list[range]:
-        """This process's micro-batches of step `step`, as places among the step's samples."""
+        """Return this process's micro-batches of step `step`, as places among the step's samples."""
         size = self.step_size(step)
         share = range(size)[self.rank :: self.world_size]
         if size == self.effective_batch_size:
@@ -82,7 +82,7 @@ class StepPlan:
         return _split_evenly(share, -(-len(share) // self.batch_size), self.multiple)
 
     def micro_batches(self, order: list[int], step: int) -> list[list[int]]:
-        """This process's share of step `step` of an epoch whose samples come in `order`."""
+        """Return this process's share of step `step` of an epoch whose samples come in `order`."""
         first = step * self.effective_batch_size
         return [[order[first + place] for place in places] for places in self.places(step)]
 
@@ -138,7 +138,7 @@ class StepLoader:
         )
 
     def __len__(self) -> int:
-        """Optimizer steps in an epoch."""
+        """Return the optimizer steps in an epoch."""
         return self.plan.steps_per_epoch
 
     def steps(self, epoch: int, start_step: int = 0) -> Iterator[tuple[int, Iterator[MicroBatch]]]:
@@ -164,14 +164,14 @@ class StepLoader:
             iterator._shutdown_workers()
 
     def awaited(self, most: int = 4) -> str:
-        """Which worker the process waits for, and which pictures it was asked for; workers take turns."""
+        """Describe which worker the process waits for, and for which images; workers take turns."""
         number, indices = self._awaited
         names = ", ".join(map(self.dataset.name, indices[:most])) + (", ..." if len(indices) > most else "")
         who = f"worker {number % self.num_workers}" if self.num_workers else "this process"
         return f"{who}, which loads {names}"
 
     def advice(self, share: float) -> str:
-        """What to change where the device waits for this loader during `share` of the time."""
+        """Say what to change where the device waits for this loader during `share` of the time."""
         cores = world.usable_cores()
         more = f"raise --num_workers {self.num_workers} (this machine has {cores} cores for all its processes), "
         return (
@@ -207,7 +207,7 @@ class _Keys(torch.utils.data.Sampler):
 def evaluation_loader(
     dataset: Dataset, indices: range, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    """The samples `indices` in order, without padding; the last batch may be smaller."""
+    """Load the samples `indices` in order, without padding; the last batch may be smaller."""
     keys = [(0, index) for index in indices]
     batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
     return DataLoader(

@@ -47,12 +47,12 @@ class ShardIndex:
 
 
 def index_path(shard: Path) -> Path:
-    """The index's place."""
+    """Return the index's place."""
     return shard.with_name(shard.name + ".idx")
 
 
 def open_index(shard: Path) -> ShardIndex:
-    """The index of `shard`, made and kept if there is none or an older one than the shard.
+    """Return the index of `shard`, made and kept if there is none or an older one than the shard.
 
     Raises:
         ValueError: names what is missing, cut or does not match.
@@ -72,7 +72,7 @@ def open_index(shard: Path) -> ShardIndex:
 
 
 def _is_outdated(shard: Path) -> bool:
-    """True for an index of an earlier format, or older than its shard, which was written again then."""
+    """Return whether an index is of an earlier format, or older than its shard, which was written again then."""
     with open(index_path(shard), "rb") as file:
         magic = file.read(len(_MAGIC))
     return magic in _OLD_MAGICS or index_path(shard).stat().st_mtime_ns < shard.stat().st_mtime_ns
@@ -146,7 +146,7 @@ def _readable(shard: Path) -> Iterator[None]:
 
 
 def _check_end(shard: Path, end: int) -> None:
-    """Only zeros may follow the last member, two blocks or more: tarfile stops at anything else without a word."""
+    """Raise unless only zeros follow the last member, two blocks or more: tarfile stops at anything else silently."""
     length = shard.stat().st_size - end
     if length > _LONGEST_END:
         raise ValueError(
@@ -163,7 +163,7 @@ def _check_end(shard: Path, end: int) -> None:
 
 
 def _followed(shard: Path, member: tarfile.TarInfo, by_name: dict[str, tarfile.TarInfo]) -> tarfile.TarInfo:
-    """The member of the same shard that holds the bytes of `member`, which may be a hard or a symbolic link to it."""
+    """Return the member of the same shard that holds the bytes of `member`, which may be a link to it."""
     content, seen = member, 0
     while not content.isfile():
         folder = posixpath.dirname(content.name) if content.issym() else ""
@@ -186,7 +186,7 @@ def _class_number(content: bytes) -> int:
 
 
 def _picture_of(shard: Path, members: list[tarfile.TarInfo]) -> tarfile.TarInfo:
-    """The picture among the members of one key: not key.seg.png, and not key.npy (an embedding) beside another."""
+    """Return the image among the members of one key: not key.seg.png, and not key.npy (an embedding) beside another."""
     plain, compound = [], []
     for member in members:
         path = PurePosixPath(member.name)

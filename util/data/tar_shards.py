@@ -42,7 +42,7 @@ class TarShards:
         return len(self.starts)
 
     def read(self, index: int) -> Content:
-        """The picture's bytes; of a .npy member the array."""
+        """Return the image's bytes; of a .npy member the array."""
         shard = int(np.searchsorted(self.ends, index, side="right"))
         size = int(self.sizes[index])
         data = os.pread(self._descriptor(shard), size, int(self.starts[index]))  # no file position to share
@@ -51,7 +51,7 @@ class TarShards:
         return np.load(io.BytesIO(data), allow_pickle=False) if self.names[index].lower().endswith(".npy") else data
 
     def name(self, index: int) -> str:
-        """shard:member."""
+        """Return shard:member."""
         return f"{self.shards[np.searchsorted(self.ends, index, side='right')]}:{self.names[index]}"
 
     def _descriptor(self, shard: int) -> int:
@@ -90,7 +90,7 @@ def _check_list(values: list, kind: type) -> None:
 
 
 def find_shards(root: Path, pattern: str, split: str) -> list[Path]:
-    """The shards of `split`: those of `pattern` (with {000..009} or *), else of `_info.json`, else by their names.
+    """Find the shards of `split`: by `pattern` (with {000..009} or *), else by `_info.json`, else by their names.
 
     Raises:
         ValueError: there is none, or one that `_info.json` or the braces name is missing.
@@ -111,7 +111,7 @@ def find_shards(root: Path, pattern: str, split: str) -> list[Path]:
 
 
 def _named_shards(root: Path, split: str) -> list[Path]:
-    """Those in a folder of the split's name, else those whose names say the split, else, to train on, the unnamed."""
+    """Return those in a folder of the split's name, else those whose names say it, else, to train on, the unnamed."""
     inside = [shard for name in _SPLITS[split] for shard in sorted(root.glob(f"{name}/*.tar"))]
     beside = sorted(root.glob("*.tar"))
     for shards, wanted in ((inside, split), (beside, split), (beside, None)):
@@ -122,7 +122,7 @@ def _named_shards(root: Path, split: str) -> list[Path]:
 
 
 def _said_split(path: Path) -> str | None:
-    """The split that a word of the path says, such as imagenet-train-000.tar. ValueError if it says two."""
+    """Return the split that a word of the path says, such as imagenet-train-000.tar. ValueError if it says two."""
     said = sorted({split_of(word) for word in re.split(r"[-_./]", path.as_posix())} - {None})
     if len(said) > 1:
         raise ValueError(f"{path}: {' or '.join(said)}? Rename this shard, or name all with --dataset wds/PATTERN")
@@ -146,7 +146,7 @@ def _listed_shards(root: Path, split: dict) -> list[Path]:
 
 
 def _matching_shards(root: Path, pattern: str) -> list[Path]:
-    """The shards of a pattern such as a-{008..010}.tar or a-*.tar; ends at the first that is missing."""
+    """Return the shards of a pattern such as a-{008..010}.tar or a-*.tar; ends at the first that is missing."""
     shards = []
     for part in _expand(pattern):
         shards += sorted(root.glob(part)) or [root / part]
@@ -156,7 +156,7 @@ def _matching_shards(root: Path, pattern: str) -> list[Path]:
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """a-{008..010}.tar -> a-008.tar, a-009.tar, a-010.tar."""
+    """Expand a-{008..010}.tar -> a-008.tar, a-009.tar, a-010.tar."""
     found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not found:
         yield pattern

@@ -19,12 +19,12 @@ Size = tuple[int, int]  # height and width in pixels
 
 
 def pretrain_transform(size: Size, scale: tuple[float, float], hflip: float, exact: bool = False) -> PixelCrop:
-    """MAE's pre-training augmentation: random resized crop, bicubic, and the draw of the flip; exact: as Pillow's."""
+    """Build MAE's pre-training augmentation: random resized crop, bicubic, draw of the flip; exact: as Pillow's."""
     return (PictureCrop if exact else PixelCrop)(size, scale, hflip)
 
 
 def probe_transform(size: Size, scale: tuple[float, float], hflip: float) -> Callable:
-    """MAE's linear-probing augmentation: its own crop, and flip."""
+    """Build MAE's linear-probing augmentation: its own crop, and flip."""
     crop = SingleDrawResizedCrop(size, scale)
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(hflip), transforms.PILToTensor()])
 
@@ -37,7 +37,7 @@ def finetune_transform(
     color_jitter: float | None,
     mean: tuple[float, ...],
 ) -> Callable:
-    """timm's training augmentation, as MAE uses it; random erasing comes later, on normalised images.
+    """Build timm's training augmentation, as MAE uses it; random erasing comes later, on normalised images.
 
     Raises:
         ValueError: `auto_augment` is no policy that timm knows.
@@ -83,7 +83,7 @@ def _without_ends(image: Image.Image, longest: float) -> Image.Image:
 def channel_statistics(
     in_chans: int, mean: list[float] | None, std: list[float] | None
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel: the given ones, else ImageNet's for RGB, else 0.5.
+    """Return the mean and deviation of each channel: the given ones, else ImageNet's for RGB, else 0.5.
 
     Raises:
         ValueError: not one finite number per channel, or a deviation that is not positive.
@@ -115,7 +115,7 @@ class Normalize(nn.Module):
         self.register_buffer("shift", -(torch.tensor(mean) / torch.tensor(std)).view(1, -1, 1, 1), **keep)
 
     def forward(self, images: torch.Tensor, flips: torch.Tensor | None = None) -> torch.Tensor:
-        """images: (N, C, H, W), `uint8` or floats; flips: (N,) bool, which of them to flip horizontally."""
+        """Normalise images (N, C, H, W), `uint8` or floats; flip those of `flips` (N,) bool horizontally."""
         if flips is not None:
             images = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
         scale = self.scale if images.is_floating_point() else self.byte_scale

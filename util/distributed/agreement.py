@@ -31,7 +31,7 @@ class Agreement:
             self._calls.learn()
 
     def maximum(self, *values: int) -> list[int]:
-        """The largest of each value over all processes."""
+        """Return the largest of each value over all processes."""
         if self._group is None:
             return list(values)
         shared = torch.tensor(values)
@@ -47,7 +47,7 @@ class Agreement:
         return shared.tolist()
 
     def explain(self, error: RuntimeError) -> None:
-        """If `error` is an exchange that failed, end this process with one sentence that names who is missing.
+        """End this process with one sentence that names who is missing, if `error` is a collective that failed.
 
         Missing processes of this launcher are killed: one that stands still obeys nothing else, and keeps its GPU.
         """

@@ -33,7 +33,7 @@ class RollCall:
         self._pids = [int(self._store.get(f"pid_{number}")) for number in range(world.world_size())]
 
     def begin(self) -> None:
-        """Another exchange begins."""
+        """Begin another collective."""
         self._exchange += 1
 
     def announce(self) -> None:
@@ -41,14 +41,14 @@ class RollCall:
         _within(1.0, lambda: self._store.set(self._key(world.rank()), ""))
 
     def missing(self, seconds: float) -> list[int] | None:
-        """Who has not announced itself within `seconds`; None if the store does not answer, and it is not rank 0's."""
+        """Return who has not announced itself within `seconds`; None if the store, not of rank 0, does not answer."""
         found = _within(2 * seconds, lambda: self._ask(seconds))
         if found:
             return found[0]
         return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else [0]  # whose the store is
 
     def kill(self, number: int) -> None:
-        """SIGKILL for process `number`, if it has the same parent as this one."""
+        """Send SIGKILL to process `number`, if it has the same parent as this one."""
         with contextlib.suppress(OSError):
             parent = Path(f"/proc/{self._pids[number]}/stat").read_text().rpartition(")")[2].split()[1]
             if int(parent) == os.getppid():
@@ -73,7 +73,7 @@ class RollCall:
 
 
 def _within(seconds: float, action: Callable) -> list:
-    """[what `action` returns], or [] if it fails or takes longer: the store's process may be one that stands still."""
+    """Return [what `action` returns], or [] if it fails or takes longer: the store's process may stand still."""
     found: list = []
 
     def run() -> None:

@@ -55,13 +55,13 @@ class Signals:
             signal.signal(number, handler)
 
     def leave_at_once(self) -> None:
-        """From now on a signal ends this process, with status 128 + its number: there is nothing to save."""
+        """Let a signal end this process from now on, with status 128 + its number: there is nothing to save."""
         for number in SIGNALS if self._before else ():
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
     @contextlib.contextmanager
     def waiting_for(self, awaited: Callable[[], str], timeout_s: float) -> Iterator[None]:
-        """Within it a signal ends the waiting: `Interrupted` is raised.
+        """Let a signal end the waiting in the block: raise `Interrupted`.
 
         Every minute stderr is told what is `awaited`; after `timeout_s` seconds it is the last thing that is told.
         """
@@ -80,7 +80,7 @@ class Signals:
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
-        """Within it a signal raises `Interrupted`, wherever the process is; at once if there was one before."""
+        """Let a signal raise `Interrupted` anywhere in the block; at once if there was one before."""
         if self.received:
             raise Interrupted
         self._waiting = True
@@ -120,7 +120,7 @@ class WorkerSignals:
         atexit.register(self._ending.fill_, True)
 
     def __call__(self, worker: int) -> None:
-        """`worker_init_fn` of a `DataLoader`."""
+        """Act as `worker_init_fn` of a `DataLoader`."""
         terminal.protect()  # a worker that was not forked has streams of its own
         multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
         sys.excepthook = _print_unless_disconnected  # called by multiprocessing's thread that shares descriptors
@@ -143,5 +143,5 @@ def _end_worker(error: Exception, batch) -> NoReturn:
 
 @functools.cache
 def worker_signals() -> WorkerSignals:
-    """The one of this process."""
+    """Return the one of this process."""
     return WorkerSignals()

@@ -24,12 +24,12 @@ _TRIES, _BETWEEN_S = 6, 10
 
 
 def warning_seconds(timeout_min: int) -> int:
-    """How long before the time limit a job is told: 5 minutes, or a fifth of a limit below 25 minutes."""
+    """Return how long before the time limit a job is told: 5 minutes, or a fifth of a limit below 25 minutes."""
     return min(300, timeout_min * 60 // 5)
 
 
 def free_port(seed: str) -> int:
-    """A TCP port that is free on this machine. `seed`, another for every job, keeps two jobs from choosing the same."""
+    """Return a free TCP port of this machine. `seed`, different for each job, keeps two jobs from choosing the same."""
     for port in random.Random(seed).sample(_PORTS, 1000):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("", port))
@@ -38,7 +38,7 @@ def free_port(seed: str) -> int:
 
 
 def meeting_point() -> str:
-    """`MASTER_ADDR=... MASTER_PORT=...` of the node that runs the batch script, which is that of rank 0.
+    """Return `MASTER_ADDR=... MASTER_PORT=...` of the node that runs the batch script, which is that of rank 0.
 
     The address is the one by which the nodes' own daemons reach each other.
     """
@@ -62,7 +62,7 @@ def describe_rank() -> None:
 
 @contextlib.contextmanager
 def requeued() -> Iterator[None]:
-    """Around a main in a job: where it leaves because it was asked to, rank 0 queues the job again.
+    """Queue the job again (rank 0 does) where the main in the block leaves because it was asked to.
 
     Then all processes end with status 0, lest a launcher take the end of one for a failure and kill the others.
     """
@@ -99,7 +99,7 @@ def requeue(job: str) -> bool:
 
 
 def _is_ours_to_requeue(description: str) -> bool:
-    """Whether `scontrol show job` describes a job that is lost unless it is queued again.
+    """Return whether `scontrol show job` describes a job that is lost unless it is queued again.
 
     SLURM calls a job COMPLETING that it is ending. After scancel, `scontrol requeue` would bring it back; preempted
     without notice, it is in the queue already. Only at the time limit is it neither.
@@ -109,7 +109,7 @@ def _is_ours_to_requeue(description: str) -> bool:
 
 
 def _ask(*command: str) -> str:
-    """What `scontrol` answers. OSError if it fails."""
+    """Return what `scontrol` answers. OSError if it fails."""
     result = subprocess.run(["scontrol", *command], capture_output=True, text=True)
     if result.returncode:
         raise OSError(f"scontrol {' '.join(command)}: {result.stderr.strip() or f'status {result.returncode}'}")

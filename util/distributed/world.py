@@ -20,7 +20,7 @@ _store: td.Store | None = None
 
 
 def rank() -> int:
-    """This process's number, 0 without a launcher."""
+    """Return this process's number, 0 without a launcher."""
     return td.get_rank() if td.is_initialized() else 0
 
 
@@ -30,7 +30,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """True in the process that writes files and talks."""
+    """Return True in the process that writes files and talks."""
     return rank() == 0
 
 
@@ -40,7 +40,7 @@ def launched_world_size() -> int:
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use; where the system does not say (macOS), all of the machine."""
+    """Return the CPU cores that this process may use; where the system does not say (macOS), all of the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -80,7 +80,7 @@ def init(device: str | None, timeout_s: float = 1800) -> torch.device:
 
 
 def _follow_launcher() -> None:
-    """If torchrun is killed, its workers get SIGTERM, as if it had been asked to stop: it cannot pass that on."""
+    """Get SIGTERM if torchrun is killed, as if it had been asked to stop: it cannot pass that on."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -101,7 +101,7 @@ def _join(backend: str, timeout: datetime.timedelta) -> None:
 
 
 def store() -> td.Store:
-    """Where the processes have met; several processes only."""
+    """Return the store where the processes have met; several processes only."""
     return _store
 
 
@@ -121,7 +121,7 @@ def barrier() -> None:
 
 
 def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
-    """`tensor` summed (or `op` = "max") over all processes, in place."""
+    """Sum `tensor` over all processes, or take the largest (`op` = "max"), in place."""
     if td.is_initialized():
         td.all_reduce(tensor, op={"sum": td.ReduceOp.SUM, "max": td.ReduceOp.MAX}[op])
     return tensor
@@ -135,7 +135,7 @@ def average_buffers(model: nn.Module) -> None:
 
 
 def wrap(model: nn.Module, device: torch.device, accumulates: bool = True) -> nn.Module:
-    """`model` in DistributedDataParallel where there are several processes, else as it is.
+    """Wrap `model` in DistributedDataParallel where there are several processes, else return it as it is.
 
     Every step uses the same parameters, which DDP may know (static_graph); but then it refuses `no_sync`, which steps
     that accumulate several micro-batches need.
@@ -149,5 +149,5 @@ def wrap(model: nn.Module, device: torch.device, accumulates: bool = True) -> nn
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel."""
+    """Return the model inside DistributedDataParallel."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

@@ -45,14 +45,14 @@ class Averages:
 
     @staticmethod
     def merged(*parts: Averages) -> Averages:
-        """One that has counted everything that `parts` have."""
+        """Merge `parts` into one that has counted everything that they have."""
         whole = Averages(parts[0].device)
         for part in parts:
             whole.merge(part)
         return whole
 
     def read(self) -> dict[str, float]:
-        """All means and extremes over all processes."""
+        """Return the means and extremes over all processes."""
         if not self._sums:
             return {}
         sums = world.all_reduce(torch.stack(list(self._sums.values()))).tolist()
@@ -67,7 +67,7 @@ class Averages:
         return result
 
     def state(self) -> dict[str, dict[str, list[float]]]:
-        """What was counted in all processes, as plain numbers. All processes call it together."""
+        """Return what was counted in all processes, as plain numbers. All processes call it together."""
         parts = {"sums": (self._sums, "sum"), "extremes": (self._extremes, "max")}
         found: dict[str, dict[str, list[float]]] = {}
         for part, (values, op) in parts.items():

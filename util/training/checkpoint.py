@@ -88,7 +88,7 @@ def peek(path: str | Path) -> dict:
 
 
 def fingerprint(path: str | Path) -> str | None:
-    """A short text that is another for another content; None if there is no file of `torch.save`.
+    """Return a short text that differs for different content; None if there is no file of `torch.save`.
 
     Made of the checksums in the file, so the tensors are not read.
     """
@@ -143,7 +143,7 @@ def _state_dict(content: dict, path: str | Path) -> dict:
 
 
 def _wrapper(names: list[str], path: str | Path) -> str:
-    """What stands before the names of a ViT's tensors. ValueError: something unknown, or there are several ViTs."""
+    """Return what stands before the names of a ViT's tensors. ValueError: something unknown, or several ViTs."""
     prefixes = {name.removesuffix(_FIRST) for name in names if name.endswith(f".{_FIRST}") or name == _FIRST}
     if not prefixes or "" in prefixes:
         return ""
@@ -187,20 +187,20 @@ def check_finite(path: str | Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def own_checkpoints(output_dir: str | Path) -> list[Path]:
-    """A run's checkpoints, the newest first: last, the one before, the kept ones from the latest epoch on."""
+    """Return a run's checkpoints, the newest first: last, the one before, the kept ones from the latest epoch on."""
     folder = Path(output_dir)
     newest = [path for path in (folder / LAST, folder / PREVIOUS) if path.is_file()]
     return newest + [path for _, path in sorted(kept_checkpoints(folder), reverse=True)]
 
 
 def kept_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """(epoch, path) of every checkpoint-{epoch}.pth."""
+    """Return (epoch, path) of every checkpoint-{epoch}.pth."""
     found = ((re.fullmatch(r"checkpoint-(\d+)\.pth", path.name), path) for path in folder.glob("checkpoint-*.pth"))
     return [(int(match[1]), path) for match, path in found if match]
 
 
 def find_own(output_dir: str | Path) -> tuple[Path, dict] | None:
-    """The newest of a run's own checkpoints that is whole, and its content; damaged ones are warned of.
+    """Return the newest of a run's own checkpoints that is whole, and its content; damaged ones are warned of.
 
     Raises:
         ValueError: there are some, and all are damaged.

@@ -175,7 +175,7 @@ class Job:
         log.scalars({f"train/{name}": value for name, value in values.items()}, epoch * steps + done)
 
     def _give_up(self, now: _Counts, step: int, outcome: StepOutcome) -> NoReturn:
-        """Too many steps in a row were skipped: save the weights, which they left alone, and say whose loss."""
+        """Save the weights, which the skipped steps left alone, and end: say whose loss was not finite."""
         self.exits.save_now(now.epoch, step, now.total)
         indices = [i for found, loss in now.suspects if not loss.isfinite() for i in found]
         names = ", ".join(map(self.loader.dataset.name, indices[:16])) + (", ..." if len(indices) > 16 else "")

@@ -67,6 +67,6 @@ def _follow_crop(settings: Settings, told: float | None, path: str | Path | None
 
 
 def describe(statistics: tuple[tuple[float, ...], tuple[float, ...]]) -> str:
-    """Return mean and deviation of each channel as text."""
+    """Return the mean and deviation of each channel as text."""
     mean, std = (" ".join(f"{value:g}" for value in values) for values in statistics)
     return f"mean {mean} and deviation {std}"

@@ -89,7 +89,7 @@ def find_start(settings: SupervisedSettings, inputs: Inputs, build: Build, multi
 
 
 def _start(settings: SupervisedSettings) -> tuple[str | Path | None, dict | None]:
-    """Path and content of: own last checkpoint, --resume, --finetune, nothing; with --eval own last comes last."""
+    """Find path and content of: own last checkpoint, --resume, --finetune, nothing; with --eval own last comes last."""
     named = settings.resume or settings.finetune
     own = None if settings.eval and named else checkpoint.find_own(settings.output_dir)
     if own is None and not named:

@@ -35,19 +35,19 @@ class RunLog:
         self._events = Events(log_dir, start_step)
 
     def say(self, text: str) -> None:
-        """A line on the terminal."""
+        """Return a line on the terminal."""
         if world.is_main():
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def say_once(self, text: str) -> None:
-        """A line on the terminal, unless one that begins like it was there before."""
+        """Return a line on the terminal, unless one that begins like it was there before."""
         if text.split(":")[0] not in self._said:
             self._said.add(text.split(":")[0])
             self.say(text)
 
     def progress(self, description: str, done: int, total: int, values: dict[str, float]) -> None:
-        """State of an epoch: a bar on a terminal, else a line."""
+        """Return state of an epoch: a bar on a terminal, else a line."""
         if not world.is_main():
             return
         text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
@@ -64,23 +64,23 @@ class RunLog:
             self._bar = None
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Values for TensorBoard."""
+        """Return values for TensorBoard."""
         if self._events is not None:
             for name, value in values.items():
                 self._events.add("scalar", name, value, step)
 
     def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
-        """A histogram of `values` for TensorBoard."""
+        """Return a histogram of `values` for TensorBoard."""
         if self._events is not None:
             self._events.add("histogram", name, values, step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """A picture for TensorBoard."""
+        """Return a picture for TensorBoard."""
         if self._events is not None:
             self._events.add("figure", name, figure, step)
 
     def epoch(self, values: dict[str, Any]) -> None:
-        """One line of `log.txt`."""
+        """Return one line of `log.txt`."""
         if self._lines is not None:
             self._lines.add(json.dumps(values))
             self._events.flush()
@@ -93,7 +93,7 @@ class RunLog:
 
 
 def _epoch(line: str) -> float:
-    """The epoch of a line of `log.txt`; infinity for a line that was cut off."""
+    """Return the epoch of a line of `log.txt`; infinity for a line that was cut off."""
     try:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError, TypeError):

@@ -100,6 +100,6 @@ def _refused_names(path: str | Path) -> list[str]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error in brackets; torch's advice to load without `weights_only` is none."""
+    """Return the first line of an error in brackets; torch's advice to load without `weights_only` is none."""
     lines = str(error).strip().splitlines()
     return f" ({lines[0][:160]})" if lines and not isinstance(error, pickle.UnpicklingError) else ""

@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow")
 
 
 def describe(settings: dict, resolved: dict) -> dict:
-    """`settings` as given, `resolved` values that follow from them, revision and versions."""
+    """Return `settings` as given, `resolved` values that follow from them, revision and versions."""
     versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in _PACKAGES}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {"settings": settings, "resolved": resolved, "revision": revision(), "versions": versions, "gpu": gpu}
@@ -33,7 +33,7 @@ def write_config(path: Path, description: dict) -> None:
 
 
 def revision() -> str:
-    """The git revision of this code, with `-dirty` if files were changed; `unknown` outside a checkout."""
+    """Return the git revision of this code, with `-dirty` if files were changed; `unknown` outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()

@@ -79,7 +79,7 @@ class Events:
         self._do(lambda writer: None)
 
     def add(self, kind: str, name: str, value: Any, step: int) -> None:
-        """A `scalar`, `histogram` or `figure` at a step."""
+        """Return a `scalar`, `histogram` or `figure` at a step."""
         self._do(lambda writer: getattr(writer, f"add_{kind}")(name, value, step))
 
     def flush(self) -> None:
@@ -128,7 +128,7 @@ class Events:
 
 @functools.cache
 def _silence_writer_threads() -> None:
-    """TensorBoard's thread reports a failed write to its writer, which is enough; it need not print it as well."""
+    """Keep TensorBoard's thread from printing a failed write, which it also reports to its writer."""
     from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
     print_it = threading.excepthook

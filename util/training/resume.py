@@ -51,7 +51,7 @@ def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan, ima
 
 
 def _check_classes(path: str | Path, content: dict, classes: tuple[str, ...]) -> None:
-    """ValueError if the classes have changed: the head's outputs would mean others."""
+    """Raise ValueError if the classes have changed: the head's outputs would mean others."""
     before = tuple(content.get("classes") or ())
     if not before or before == classes:
         return
@@ -74,7 +74,7 @@ def _changed_images(content: dict, images: ImageSet) -> str:
 
 
 def steps_into_epoch(content: dict, steps_per_epoch: int) -> int:
-    """How many steps of the epoch after `epoch` a checkpoint has done."""
+    """Return how many steps of the epoch after `epoch` a checkpoint has done."""
     done = content["epoch"] + 1
     return max(0, content.get("step", 0) - done * content.get("steps_per_epoch", steps_per_epoch))
 

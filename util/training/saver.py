@@ -37,7 +37,7 @@ class Saver:
         self._next = time.monotonic() + self._every_s
 
     def due(self) -> bool:
-        """Whether it is time for another; a minute after one that could not be written, it is."""
+        """Return whether it is time for another; a minute after one that could not be written, it is."""
         if self._pending is not None and self._pending.done():
             self.wait()
         return time.monotonic() >= self._next
@@ -59,7 +59,7 @@ class Saver:
         self._pending = self._writer.submit(self._write, copied, keep_as)
 
     def wait(self) -> None:
-        """Until the last one is on disk, or has failed."""
+        """Wait until the last one is on disk, or has failed."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -103,7 +103,7 @@ class Saver:
 
 
 def _link(source: Path, target: Path) -> None:
-    """`target` has the content of `source`, whole or not at all; without copying where the file system can."""
+    """Return `target` has the content of `source`, whole or not at all; without copying where the file system can."""
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -116,7 +116,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _to_host(content: Any) -> Any:
-    """A copy that later steps do not change."""
+    """Return a copy that later steps do not change."""
     if isinstance(content, torch.Tensor):
         return content.detach().to("cpu", copy=True)
     if isinstance(content, dict):

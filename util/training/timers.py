@@ -21,7 +21,7 @@ class DataWait:
         self._start = time.perf_counter()
 
     def timed(self, batches: Iterator) -> Iterator:
-        """`batches`, each waited for under the clock."""
+        """Return `batches`, each waited for under the clock."""
         while True:
             start = self._now()
             batch = next(batches, None)
@@ -31,7 +31,7 @@ class DataWait:
             yield batch
 
     def read(self) -> tuple[float, float]:
-        """Seconds waited, and all seconds, since the last call. The device must have been waited for."""
+        """Return seconds waited, and all seconds, since the last call. The device must have been waited for."""
         now = time.perf_counter()
         waited = sum(a.elapsed_time(b) / 1000 if self._on_gpu else b - a for a, b in self._waits)
         seconds, self._start, self._waits = now - self._start, now, []
@@ -52,7 +52,7 @@ class Stopwatch:
         self._start = time.perf_counter()
 
     def rate(self, images: float) -> float:
-        """`images` divided by the seconds since the last call."""
+        """Return `images` divided by the seconds since the last call."""
         now = time.perf_counter()
         seconds, self._start = now - self._start, now
         return images / max(seconds, 1e-9)
