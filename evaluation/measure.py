@@ -14,6 +14,7 @@ from evaluation.checkpoints import Opened, check_pictures
 from util.data import datasets, sources, transforms
 
 METRICS = ("knn", "rank_me", "salience", "linear", "attentive")
+_LABELLED = {"knn", "linear", "attentive"}
 CACHE_GB = 16  # the attentive probe keeps all patch tokens of its images in memory
 
 
@@ -82,22 +83,10 @@ def measure(
             something that the checkpoint may not choose (`Opened.refused`).
         SystemExit: not one picture can be decoded.
     """
-    given = {"neighbours": neighbours, "train_images": train_images, "val_images": val_images}
-    for name, number in given.items():
+    for name, number in (("neighbours", neighbours), ("train_images", train_images), ("val_images", val_images)):
         if number is not None and number < 1:
             raise ValueError(f"--{name} {number}: must be at least 1")
-    opened.require("dataset", *["masking"] * ("salience" in metrics))
-    check_pictures(opened.settings)
-    unlimited = 2**62
-    sets = monitor.open_sets(opened.settings, opened.size, train_images or unlimited, val_images or unlimited)
-    labelled = [name for name in metrics if name in ("knn", "linear", "attentive")]
-    if labelled and sets.train is None:
-        raise ValueError(
-            f"--metrics {' '.join(labelled)}: need labels, --data_path with train/<class>/ and val/<class>/; "
-            f"{sets.without_labels}"
-        )
-    if "attentive" in metrics:
-        _check_cache(opened, len(sets.train) + len(sets.val))
+    sets = _open_sets(opened, metrics, train_images, val_images)
     device = opened.normalize.shift.device
 
     def extract(images, pool: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,7 +95,7 @@ def measure(
     result: dict = {"train_images": len(sets.train) if sets.train is not None else 0, "val_images": len(sets.val)}
     if {"knn", "rank_me", "linear"} & set(metrics):
         val = extract(sets.val, pool)
-        train = extract(sets.train, pool) if labelled else None
+        train = extract(sets.train, pool) if _LABELLED & set(metrics) else None
         if "knn" in metrics:
             result["knn"] = features.knn_accuracy(train, val, neighbours)
         if "linear" in metrics:
@@ -119,9 +108,29 @@ def measure(
     if "salience" in metrics:
         found = monitor.salience_of_set(opened.model, sets.val, opened.normalize, opened.strategy, num_workers)
         result |= {name: values.mean().item() for name, values in found.items()}
-        result["mask_ratio_histogram"] = monitor.ratio_histogram(found["mask_ratio"])
-    read = (sets.val, sets.train) if labelled else (sets.val,)
+        if "mask_ratio" in found:
+            result["mask_ratio_histogram"] = monitor.ratio_histogram(found["mask_ratio"])
+    read = (sets.val, sets.train) if _LABELLED & set(metrics) else (sets.val,)
     return result | {"bad_images": sum(images.bad.collect(device) for images in read)}
+
+
+def _open_sets(
+    opened: Opened, metrics: tuple[str, ...], train_images: int | None, val_images: int | None
+) -> monitor.ImageSets:
+    """Open the data set of a model's settings. ValueError: it cannot give what the metrics need."""
+    opened.require("dataset", *["masking"] * ("salience" in metrics))
+    check_pictures(opened.settings)
+    unlimited = 2**62
+    sets = monitor.open_sets(opened.settings, opened.size, train_images or unlimited, val_images or unlimited)
+    labelled = [name for name in metrics if name in _LABELLED]
+    if labelled and sets.train is None:
+        raise ValueError(
+            f"--metrics {' '.join(labelled)}: need labels, --data_path with train/<class>/ and val/<class>/; "
+            f"{sets.without_labels}"
+        )
+    if "attentive" in metrics:
+        _check_cache(opened, len(sets.train) + len(sets.val))
+    return sets
 
 
 def _check_cache(opened: Opened, images: int) -> None:
