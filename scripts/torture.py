@@ -3,10 +3,10 @@
 
 scripts/torture.py --kills 50 --seed 0 --report report.json
 
-Real processes, real signals, the built-in digits. Every strategy, a method with a teacher, 0, 1 and 3 loader workers,
-one process and two under torchrun. At least a fifth of the SIGKILLs wait until a checkpoint is being written. The
-weights, the optimizer and the teacher must be the same bit for bit; the exit status is 1 if they are not. About 15
-minutes on 2 cores for 50 kills.
+Real processes, real signals, the built-in digits. Three strategies, attention maps, methods with a teacher, 0, 1 and 3
+loader workers, one process and two under torchrun. At least a fifth of the SIGKILLs wait until a checkpoint is being
+written. The weights, the optimizer and the teacher must be the same bit for bit; the exit status is 1 if they are not.
+About 20 minutes on 2 cores for 50 kills.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from util import cli  # noqa: E402
 from util.training import checkpoint  # noqa: E402
 
 TEACHER = "my_method:Distilled"  # the method with a teacher of docs/METHODS.md
+MASKING_ARGS = {"amt": ["refresh_epochs=1"]}  # maps of all images after the second and the third of four epochs
 CASES = [  # (strategy, workers, processes, method)
     ("random", 0, 1, "mae"),
     ("sbam", 1, 1, "mae"),
@@ -44,6 +45,8 @@ CASES = [  # (strategy, workers, processes, method)
     ("sbam_amr", 0, 1, TEACHER),
     ("random", 1, 2, "mae"),
     ("sbam_amr", 1, 2, TEACHER),
+    ("hpm", 1, 1, "hpm"),
+    ("amt", 0, 2, "mae"),
 ]
 
 
@@ -122,21 +125,12 @@ def torture(case: tuple, kills: int, name: str, rng: random.Random, folder: Path
 
 
 def launch(case: tuple, output: Path) -> int:
-    """Start a run in a process group of its own; its number."""
+    """Start a run in a process group of its own; return its number."""
     strategy, workers, processes, method = case
-    flags = ["--dataset", "digits", "--in_chans", 1, "--model", "mae_vit_mini_patch4", "--norm_pix_loss", "--epochs", 3]
-    flags += [
-        "--method",
-        method,
-        "--masking",
-        strategy,
-        "--num_workers",
-        workers,
-        "--effective_batch_size",
-        64,
-        "--lr",
-        1e-3,
-    ]
+    flags = ["--dataset", "digits", "--in_chans", 1, "--model", "mae_vit_mini_patch4", "--norm_pix_loss", "--epochs", 4]
+    flags += ["--method", method, "--masking", strategy, "--masking_args", *MASKING_ARGS.get(strategy, [])]
+    flags += ["--mask_ratio", 0.85 if strategy == "amt" else 0.75, "--num_workers", workers]
+    flags += ["--effective_batch_size", 64, "--lr", 1e-3]
     flags += ["--batch_size", 64 // processes, "--warmup_epochs", 0, "--print_freq", 50, "--output_dir", output]
     flags = [str(flag) for flag in [*flags, "--save_every_minutes", 0.002]]
     output.mkdir(parents=True, exist_ok=True)
