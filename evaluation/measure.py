@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -75,23 +76,18 @@ def measure(
         pool: "mean" or "cls", for k-NN, RankMe and the linear probe.
 
     Returns:
-        The metrics; the numbers of images, and of those of them that could not be decoded. These are named on stderr,
-        and the next good one takes the place of each.
+        The metrics, the numbers of images, and of bad ones, which are named on stderr; the next good one replaces each.
 
     Raises:
-        ValueError: no such numbers, a metric needs labels that the data set has not, or more memory than `CACHE_GB`, or
-            something that the checkpoint may not choose (`Opened.refused`).
-        SystemExit: not one picture can be decoded.
+        ValueError: impossible numbers, no labels, more memory than `CACHE_GB`, or what a checkpoint may not choose.
+        SystemExit: not one image can be decoded.
     """
     for name, number in (("neighbours", neighbours), ("train_images", train_images), ("val_images", val_images)):
         if number is not None and number < 1:
             raise ValueError(f"--{name} {number}: must be at least 1")
     sets = _open_sets(opened, metrics, train_images, val_images)
     device = opened.normalize.shift.device
-
-    def extract(images, pool: str) -> tuple[torch.Tensor, torch.Tensor]:
-        return features.extract_features(opened.model, images, opened.normalize, pool=pool, num_workers=num_workers)
-
+    extract = partial(_extract, opened, num_workers)
     result: dict = {"train_images": len(sets.train) if sets.train is not None else 0, "val_images": len(sets.val)}
     if {"knn", "rank_me", "linear"} & set(metrics):
         val = extract(sets.val, pool)
@@ -106,10 +102,7 @@ def measure(
         tokens = extract(sets.train, "tokens"), extract(sets.val, "tokens")
         result["attentive"] = probes.attentive_probe(*tokens, device=device)
     if "salience" in metrics:
-        found = monitor.salience_of_set(opened.model, sets.val, opened.normalize, opened.strategy, num_workers)
-        result |= {name: values.mean().item() for name, values in found.items()}
-        if "mask_ratio" in found:
-            result["mask_ratio_histogram"] = monitor.ratio_histogram(found["mask_ratio"])
+        result |= _salience(opened, sets, num_workers)
     read = (sets.val, sets.train) if _LABELLED & set(metrics) else (sets.val,)
     return result | {"bad_images": sum(images.bad.collect(device) for images in read)}
 
@@ -131,6 +124,18 @@ def _open_sets(
     if "attentive" in metrics:
         _check_cache(opened, len(sets.train) + len(sets.val))
     return sets
+
+
+def _extract(opened: Opened, num_workers: int, images: Dataset, pool: str) -> tuple[torch.Tensor, torch.Tensor]:
+    return features.extract_features(opened.model, images, opened.normalize, pool=pool, num_workers=num_workers)
+
+
+def _salience(opened: Opened, sets: monitor.ImageSets, num_workers: int) -> dict[str, float | list[int]]:
+    found = monitor.salience_of_set(opened.model, sets.val, opened.normalize, opened.strategy, num_workers)
+    means = {name: values.mean().item() for name, values in found.items()}
+    if "mask_ratio" not in found:
+        return means
+    return means | {"mask_ratio_histogram": monitor.ratio_histogram(found["mask_ratio"])}
 
 
 def _check_cache(opened: Opened, images: int) -> None:

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         opened.normalize,
         strategies,
         temperature=figures.temperature_of(opened.strategy),
-        rebuilt=rebuilt if opened.has_decoder and (opened.trained or given.masking != "all") else None,
+        rebuilt=rebuilt if opened.has_decoder and (given.rebuild or given.masking != "all") else None,
         seed=given.seed,
     )
     if not opened.has_decoder:
