@@ -54,7 +54,7 @@ def train(context: Context, inputs: Inputs) -> None:
     if settings.compile:
         method.compile_parts()
     loader = context.step_loader(inputs.images, method.views)
-    optimizer = optim.pretrain_adamw(method.parameter_groups(settings.weight_decay), context.device)
+    optimizer = optim.pretrain_adamw(method.parameter_groups(settings.weight_decay), context.device, method.betas)
     state = TrainingState(context, method, optimizer, loader)
     state.restore()
     with cli.exit_on_user_error():

@@ -12,8 +12,8 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import masking as masking_strategies
 from masking import Mask, RandomMasking
+from models_base import MaskedModel
 from util.packing import PackedAttention, PackedLayout
 from util.pixel_loss import masked_mean_squared_error, squared_errors
 from util.pos_embed import sincos_2d
@@ -25,7 +25,7 @@ layer_norm = partial(nn.LayerNorm, eps=1e-6)
 _MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {}
 
 
-class MaskedAutoencoderViT(nn.Module):
+class MaskedAutoencoderViT(MaskedModel):
     """ViT encoder over the kept patches, light ViT decoder over all, loss on the removed ones.
 
     Args:
@@ -63,7 +63,6 @@ class MaskedAutoencoderViT(nn.Module):
         _check_heads(embed_dim, num_heads, decoder_embed_dim, decoder_num_heads)
         self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
         self.set_masking(masking if masking is not None else RandomMasking())
-        self.grad_checkpointing = False
         self._dense_block, self._packed_block = _dense_block, _packed_block
         self._loss = self._packed_loss = masked_mean_squared_error
 
@@ -90,14 +89,6 @@ class MaskedAutoencoderViT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.patch_embed.proj.out_channels, -1))
         self.apply(init_linear)
 
-    def set_masking(self, strategy: Callable[..., Mask]) -> None:
-        """Mask with `strategy` from now on. It is no submodule, whatever it is: the state dict stays MAE's."""
-        object.__setattr__(self, "masking", strategy)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
-        self.grad_checkpointing = enable
-
     def compile_blocks(self, **options) -> None:
         """Compile the transformer blocks and the loss; `options` go to `torch.compile`.
 
@@ -110,50 +101,10 @@ class MaskedAutoencoderViT(nn.Module):
         self._loss = torch.compile(masked_mean_squared_error, dynamic=dynamic, fullgraph=True, **options)
         self._packed_loss = torch.compile(masked_mean_squared_error, dynamic=True, fullgraph=True, **options)
 
-    @property
-    def num_patches(self) -> int:
-        """Return L, the number of patches of an image."""
-        return self.patch_embed.num_patches
-
-    def patchify(self, images: torch.Tensor) -> torch.Tensor:
-        """Cut (N, C, H, W) -> (N, L, p_h * p_w * C); within a patch row, column, channel, the channel fastest."""
-        (rows, columns), (height, width) = self.patch_embed.grid_size, self.patch_embed.patch_size
-        x = images.reshape(images.shape[0], self.in_chans, rows, height, columns, width)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], rows * columns, height * width * self.in_chans)
-
-    def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
-        """Put patches together: (N, L, p_h * p_w * C) -> (N, C, H, W), the inverse of `patchify`."""
-        (rows, columns), (height, width) = self.patch_embed.grid_size, self.patch_embed.patch_size
-        x = patches.reshape(patches.shape[0], rows, columns, height, width, self.in_chans)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], self.in_chans, rows * height, columns * width)
-
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Embed (N, C, H, W) -> tokens (N, L, D): patches and positions, in fp32 because masks are made of them."""
         with full_fp32(images.device.type):
             return self.patch_embed(images.float()) + self.pos_embed[:, 1:]
-
-    @torch.no_grad()
-    def choose_mask(
-        self,
-        images: torch.Tensor,
-        noise: torch.Tensor | None = None,
-        strategy: Callable[..., Mask] | None = None,
-        **offered,
-    ) -> Mask:
-        """Ask a strategy which patches of `images` (N, C, H, W) to remove: no gradient, no autocast.
-
-        Args:
-            images: normalised.
-            noise: (N, L) in [0, 1), replaces the strategy's own draw.
-            strategy: asked in place of the model's own.
-            offered: what a strategy may need besides grid and patch size, see `masking.NEEDS`.
-        """
-        with torch.autocast(images.device.type, enabled=False):
-            strategy = strategy or self.masking
-            reads = masking_strategies.reads_tokens(strategy)
-            tokens = self.embed(images) if reads else self.pos_embed[:, 1:].expand(len(images), -1, -1)
-            sizes = {"grid": self.patch_embed.grid_size, "patch_size": self.patch_embed.patch_size}
-            return masking_strategies.call(strategy, tokens, noise, **sizes, **offered)
 
     def encode(self, tokens: torch.Tensor, mask: Mask | None) -> torch.Tensor:
         """Run the class token and the kept tokens through the encoder.

@@ -8,6 +8,7 @@ from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from models_simmim import SimMIMClassifier
 from util.config import SupervisedSettings
 from util.suggest import check_known
 
@@ -19,6 +20,8 @@ _ARCHITECTURES = {
     "vit_base_patch16": (16, 768, 12, 12, 224),
     "vit_large_patch16": (16, 1024, 24, 16, 224),
     "vit_huge_patch14": (14, 1280, 32, 16, 224),
+    "simmim_vit_mini_patch4": (4, 96, 4, 3, 16),
+    "simmim_vit_base_patch16": (16, 768, 12, 12, 224),
 }
 
 
@@ -56,18 +59,20 @@ def create_model(
     for length, step in zip(image, patch, strict=True):
         if step < 1 or length < step or length % step:
             raise ValueError(f"input_size: {length} pixels are not a whole number of patches of {step}")
-    return VisionTransformer(
-        img_size=image,
-        patch_size=patch,
-        in_chans=in_chans,
-        num_classes=num_classes,
-        global_pool="avg" if global_pool else "token",
-        embed_dim=embed_dim,
-        depth=depth,
-        num_heads=num_heads,
-        drop_path_rate=drop_path,
-        norm_layer=partial(nn.LayerNorm, eps=1e-6),
-    )
+    options = {
+        "img_size": image,
+        "patch_size": patch,
+        "in_chans": in_chans,
+        "num_classes": num_classes,
+        "global_pool": "avg" if global_pool else "token",
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "num_heads": num_heads,
+        "drop_path_rate": drop_path,
+    }
+    if name.startswith("simmim_"):
+        return SimMIMClassifier(**options)
+    return VisionTransformer(**options, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 
 def add_probe_head(model: VisionTransformer) -> None:

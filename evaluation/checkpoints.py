@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import typing
 from dataclasses import dataclass, field
@@ -96,7 +97,7 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **chan
     with torch.device("meta"):
         model = base.build_model(settings)
     wanted = set(model.state_dict())
-    has_decoder = any(name.startswith("decoder_blocks.") for name in state)
+    has_decoder = any(name.startswith("decoder") for name in state)
     needed = {name for name in wanted if has_decoder or not name.startswith(("decoder", "mask_token"))}
     if "norm.weight" not in state:  # fine-tuned on the mean of the patch tokens: the classifier has a norm of its own
         needed -= {"norm.weight", "norm.bias"}
@@ -180,9 +181,11 @@ def settings_of(content: dict, state: dict, path: str | Path, changes: dict) -> 
     if args.get("model", "").startswith("vit_"):
         args["model"] = f"mae_{args['model']}"
     projection = state.get("patch_embed.proj.weight")
-    if projection is None or projection.ndim != 4 or state.get("pos_embed", projection).ndim != 3:
-        raise ValueError(f"{path}: no encoder of this project: patch_embed.proj.weight or pos_embed is missing in it")
+    if projection is None or projection.ndim != 4:
+        raise ValueError(f"{path}: no encoder of this project: patch_embed.proj.weight is missing in it")
     check_kinds(path, content, {"grid": list[int], "classes": list[str]})
+    if ("pos_embed" not in state and not content.get("grid")) or state.get("pos_embed", projection[0]).ndim != 3:
+        raise ValueError(f"{path}: no encoder of this project: pos_embed is missing in it")
     patch = list(projection.shape[2:])
     args["patch_size"], args["in_chans"] = patch, projection.shape[1]
     grid = _grid(content, state, path, changes.get("input_size"))
@@ -201,15 +204,15 @@ def told_grid(content: dict, state: dict[str, torch.Tensor]) -> tuple[int, int] 
     """Return rows and columns of patches if a checkpoint tells them: as `grid`, or by its `input_size`."""
     grid = tuple(content.get("grid") or ())
     if grid:
-        if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != _places(state):
-            raise ValueError(f"its grid is {list(grid)}, and its position table has {_places(state)} places")
+        if len(grid) != 2 or min(grid) < 1 or grid[0] * grid[1] != _places(content, state):
+            raise ValueError(f"its grid is {list(grid)}, and its position table has {_places(content, state)} places")
         return grid
     size = checkpoint.arguments(content).get("input_size")
     if not size:
         return None
     size = [size] if isinstance(size, int) else size  # a number in MAE's own checkpoints, and at Hugging Face
     rows, columns = (side // step for side, step in zip((size[0], size[-1]), _patch(state), strict=True))
-    return (rows, columns) if rows * columns == _places(state) else None
+    return (rows, columns) if rows * columns == _places(content, state) else None
 
 
 def _grid(content: dict, state: dict, path: str | Path, given: list[int] | None) -> tuple[int, int]:
@@ -220,17 +223,18 @@ def _grid(content: dict, state: dict, path: str | Path, given: list[int] | None)
         raise ValueError(f"{path}: {error}") from error
     if given:
         rows, columns = (side // step for side, step in zip((given[0], given[-1]), _patch(state), strict=True))
-        if rows * columns != _places(state) or (told and told != (rows, columns)):
-            shape = f"{told[0]} x {told[1]}" if told else f"{_places(state)}"
+        if rows * columns != _places(content, state) or (told and told != (rows, columns)):
+            shape = f"{told[0]} x {told[1]}" if told else f"{_places(content, state)}"
             height, width = _patch(state)
             raise ValueError(f"--input_size {given}: {path} is of images of {shape} patches of {height} x {width}")
         return rows, columns
     if told:
         return told
-    side = round(_places(state) ** 0.5)
-    if side * side != _places(state):
+    places = _places(content, state)
+    side = round(places**0.5)
+    if side * side != places:
         raise ValueError(
-            f"{path}: its position table has {_places(state)} places, not a square, and it does not tell their shape; "
+            f"{path}: its position table has {places} places, not a square, and it does not tell their shape; "
             "give the images' height and width with --input_size"
         )
     return side, side
@@ -240,16 +244,18 @@ def assumed_shape(content: dict, state: dict[str, torch.Tensor]) -> str:
     """Return a sentence where the shape of a model's images is not known, but taken as square; else nothing."""
     if told_grid(content, state):
         return ""
-    side = round(_places(state) ** 0.5)
+    places = _places(content, state)
+    side = round(places**0.5)
     height, width = (side * step for step in _patch(state))
     return (
-        f"the file does not tell the shape of its images: {_places(state)} patches are taken as {side} x {side}, "
+        f"the file does not tell the shape of its images: {places} patches are taken as {side} x {side}, "
         f"images of {height} x {width}; --input_size HEIGHT WIDTH says otherwise"
     )
 
 
-def _places(state: dict[str, torch.Tensor]) -> int:
-    return state["pos_embed"].shape[1] - 1
+def _places(content: dict, state: dict[str, torch.Tensor]) -> int:
+    """Return the number of patches: of the position table, else of the grid."""
+    return state["pos_embed"].shape[1] - 1 if "pos_embed" in state else math.prod(content["grid"])
 
 
 def _patch(state: dict[str, torch.Tensor]) -> tuple[int, int]:
@@ -258,11 +264,11 @@ def _patch(state: dict[str, torch.Tensor]) -> tuple[int, int]:
 
 def guess_model(state: dict[str, torch.Tensor], path: str | Path) -> str:
     """Return the architecture whose width and depth a state dict has. ValueError: none, or `--model` is needed."""
-    width = state["pos_embed"].shape[-1]
+    width = state["patch_embed.proj.weight"].shape[0]
     depth = 1 + max((int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)), default=-1)
     for name in models_mae.available_models():
         with torch.device("meta"):
             model = models_mae.create_model(name)
-        if (model.pos_embed.shape[-1], len(model.blocks)) == (width, depth):
+        if model.pos_embed is not None and (model.pos_embed.shape[-1], len(model.blocks)) == (width, depth):
             return name
     raise ValueError(f"{path}: no architecture here has width {width} and {depth} blocks; name one with --model")

@@ -3,6 +3,7 @@
 from methods.base import At, Inputs, Loss, Method, Plan, available, create, from_settings, register
 from methods.hpm import HPM
 from methods.mae import MAE
+from methods.simmim import SimMIM
 from methods.teacher import follow, teacher_of
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Loss",
     "Method",
     "Plan",
+    "SimMIM",
     "available",
     "create",
     "follow",

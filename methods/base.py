@@ -18,10 +18,12 @@ from torch import nn
 import masking
 import models_mae
 from methods.attention_maps import AttentionMaps
+from models_base import MaskedModel
 from util import cli, seeding
 from util.config import PretrainSettings
 from util.data import transforms
 from util.data.step_loader import MicroBatch
+from util.distributed import world
 from util.ratios import exact_ratio
 from util.registry import Registry
 from util.training import strategy_state
@@ -99,11 +101,18 @@ class Method(nn.Module):
         masking_warmup_epochs: epochs of random masking before `strategy` begins.
         may_freeze: parts of the names of parameters that `on_gradients` may freeze from the first step on.
         clip_each: `--clip_grad` limits the norm of each parameter's gradient, not that of the whole.
+        model_class: what `model` must be.
+        betas: of AdamW.
+        decodes_part: whether `--decode_ratio` below 1 makes sense.
         decode_ratio: share of the removed tokens that are predicted.
+        peak_lr, warmup_epochs: of the settings, for `schedule`.
         offers: what a strategy may need (`masking.NEEDS`) and this method gives.
         shown: averages that stand in each line on the terminal.
     """
 
+    model_class: type[MaskedModel] = models_mae.MaskedAutoencoderViT
+    betas = (0.9, 0.95)
+    decodes_part = True
     clip_each = False
     may_freeze: tuple[str, ...] = ()
     offers: frozenset[str] = frozenset({"grid", "patch_size", "progress", "epoch", "draw", "maps", "boxes"})
@@ -119,6 +128,7 @@ class Method(nn.Module):
         self._warmup: masking.base.Strategy | None = None
         self.maps: AttentionMaps | None = None  # where the strategy needs them
         self.amp = "none"
+        self.peak_lr, self.warmup_epochs = 1.0, 0.0
 
     @classmethod
     def from_settings(cls, settings: PretrainSettings, weights: dict | None = None, /, **options) -> Method:
@@ -133,6 +143,13 @@ class Method(nn.Module):
             ValueError: it cannot be built, or the strategy needs what it does not give.
         """
         model, strategy = build_model(settings), create_strategy(settings)
+        if not isinstance(model, cls.model_class):
+            raise ValueError(
+                f"--model {settings.model}: is no {cls.model_class.__name__}, which --method {settings.method} trains; "
+                "choose another of the two"
+            )
+        if settings.decode_ratio != 1 and not cls.decodes_part:
+            raise ValueError(f"--decode_ratio {settings.decode_ratio}: --method {settings.method} predicts all patches")
         if weights is not None:
             model.load_state_dict(weights)
         check_strategy(strategy, model, cls.offers, f"--method {settings.method}")
@@ -142,6 +159,8 @@ class Method(nn.Module):
         warmup_ratio = getattr(strategy, "warmup_ratio", settings.mask_ratio)
         method._warmup = masking.create("random", mask_ratio=warmup_ratio)
         method.decode_ratio = exact_ratio(settings.decode_ratio)
+        method.peak_lr = settings.resolved_lr(world.launched_world_size())
+        method.warmup_epochs = settings.warmup_epochs
         if "maps" in masking.base.needs(strategy):
             folders = [Path(settings.output_dir), *([Path(settings.resume).parent] if settings.resume else [])]
             every = getattr(strategy, "refresh_epochs", 40)
@@ -265,8 +284,8 @@ def from_settings(settings: PretrainSettings, weights: dict | None = None) -> Me
     return found.from_settings(settings, weights, **cli.parse_options(settings.method_args, "method_args"))
 
 
-def build_model(settings: PretrainSettings) -> models_mae.MaskedAutoencoderViT:
-    """Build the masked autoencoder of the settings, on the current default device."""
+def build_model(settings: PretrainSettings) -> MaskedModel:
+    """Build the model of the settings, on the current default device."""
     sizes = {"img_size": settings.size("input_size"), "patch_size": settings.size("patch_size")}
     given = {name: size for name, size in sizes.items() if size is not None}
     return models_mae.create_model(

@@ -24,19 +24,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import models_mae
 from evaluation import features
 from util.distributed import world
+from util.training.step import GradientStep
 
 
 @contextmanager
 def injected(faults: list[dict]) -> Iterator[None]:
-    """The model's forward pass, or the monitors, have these faults."""
+    """Let these faults strike between a micro-batch's forward and backward pass, or in the monitors."""
     look = [fault for fault in faults if "look" in fault]
     faults = [fault for fault in faults if "look" not in fault]
-    original, count = models_mae.MaskedAutoencoderViT.forward_encoder, 0
+    original, count = GradientStep.backward, 0
 
-    def forward(self, images, mask):
+    def backward(self, part):
         nonlocal count
         number, count, factor = count, count + 1, 1.0
         for fault in faults:
@@ -64,12 +64,12 @@ def injected(faults: list[dict]) -> Iterator[None]:
                         while True:  # numbers in between may be free
                             os.open(os.devnull, os.O_RDONLY)
                 elif fault["kind"] == "overflow":
-                    next(self.parameters()).data.fill_(float("inf"))
+                    self.parameters[0].data.fill_(float("inf"))
                 elif fault["kind"] == "free":
                     Path(fault["path"]).unlink()
                 else:
                     os.kill(os.getpid(), getattr(signal, fault["kind"]))
-        return original(self, images, mask) * factor
+        return original(self, part * factor)
 
     extract, numbers = features.extract_features, itertools.count()
 
@@ -82,11 +82,11 @@ def injected(faults: list[dict]) -> Iterator[None]:
                 time.sleep(60)
         return extract(*args, **options)
 
-    models_mae.MaskedAutoencoderViT.forward_encoder, features.extract_features = forward, extract_slowly
+    GradientStep.backward, features.extract_features = backward, extract_slowly
     try:
         yield
     finally:
-        models_mae.MaskedAutoencoderViT.forward_encoder, features.extract_features = original, extract
+        GradientStep.backward, features.extract_features = original, extract
 
 
 def fill(path: Path) -> None:

@@ -7,9 +7,11 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 
-def pretrain_adamw(groups: list[dict], device: torch.device) -> torch.optim.AdamW:
-    """Return AdamW of pre-training over parameter groups: betas (0.9, 0.95)."""
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=device.type in ("cuda", "cpu"))
+def pretrain_adamw(
+    groups: list[dict], device: torch.device, betas: tuple[float, float] = (0.9, 0.95)
+) -> torch.optim.AdamW:
+    """Build AdamW of pre-training over parameter groups; the `betas` are MAE's by default."""
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=device.type in ("cuda", "cpu"))
 
 
 def finetune_adamw(

@@ -241,17 +241,21 @@ def fit_state(
     Raises:
         ValueError: any other tensor is missing, has another shape, or has no place in the model; names the first few.
     """
+    if hasattr(model, "adapt"):
+        state = model.adapt(state, old_grid)
     wanted = model.state_dict()
     without = BESIDE_ENCODER + (() if "norm.weight" in wanted else ("norm.",))
     state = {name: state[name] for name in state if name in wanted or not name.startswith(without)}
     if "head.weight" in state and state["head.weight"].shape != wanted["head.weight"].shape:
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     needed = {name: wanted[name] for name in wanted if name in state or not name.startswith(("head.", "fc_norm."))}
-    table = state.get("pos_embed")
+    table = state.get("pos_embed") if "pos_embed" in wanted else None
     resized = table is not None and table.ndim == 3 and table.shape[-1] == wanted["pos_embed"].shape[-1]
     difference = describe_difference(needed, state | {"pos_embed": wanted["pos_embed"]} if resized else state)
     if difference:
         raise ValueError(f"a checkpoint of another architecture than --model: {difference}")
+    if table is None:
+        return state
     return state | {"pos_embed": _fit_table(table, model.patch_embed.grid_size, old_grid)}
 
 

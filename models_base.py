@@ -1,0 +1,88 @@
+"""What the models of all masked-image methods have in common: patches, and a strategy that chooses some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import masking
+from masking import Mask
+
+
+class MaskedModel(nn.Module):
+    """A ViT whose patches a strategy may remove.
+
+    A subclass has `patch_embed` (timm's), `cls_token` (1, 1, D), `blocks`, `norm` and `in_chans`, and implements
+    `embed` and `encode`.
+
+    Attributes:
+        masking: strategy `(tokens, noise=None) -> masking.Mask`.
+        grad_checkpointing: whether activations are computed again in the backward pass.
+        norm_pix_loss: whether targets are normalised within each patch.
+    """
+
+    masking: Callable[..., Mask]
+    grad_checkpointing = False
+    norm_pix_loss = False
+
+    def set_masking(self, strategy: Callable[..., Mask]) -> None:
+        """Mask with `strategy` from now on. It is no submodule, whatever it is: the state dict stays the same."""
+        object.__setattr__(self, "masking", strategy)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
+        self.grad_checkpointing = enable
+
+    @property
+    def num_patches(self) -> int:
+        """Return L, the number of patches of an image."""
+        return self.patch_embed.num_patches
+
+    def patchify(self, images: torch.Tensor) -> torch.Tensor:
+        """Cut (N, C, H, W) -> (N, L, p_h * p_w * C); within a patch row, column, channel, the channel fastest."""
+        (rows, columns), (height, width) = self.patch_embed.grid_size, self.patch_embed.patch_size
+        x = images.reshape(images.shape[0], self.in_chans, rows, height, columns, width)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], rows * columns, height * width * self.in_chans)
+
+    def unpatchify(self, patches: torch.Tensor) -> torch.Tensor:
+        """Put patches together: (N, L, p_h * p_w * C) -> (N, C, H, W), the inverse of `patchify`."""
+        (rows, columns), (height, width) = self.patch_embed.grid_size, self.patch_embed.patch_size
+        x = patches.reshape(patches.shape[0], rows, columns, height, width, self.in_chans)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], self.in_chans, rows * height, columns * width)
+
+    def embed(self, images: torch.Tensor) -> torch.Tensor:
+        """Embed normalised images (N, C, H, W) -> tokens (N, L, D) in fp32, what masks are made of."""
+        raise NotImplementedError
+
+    def encode(self, tokens: torch.Tensor, mask: Mask | None) -> torch.Tensor:
+        """Run tokens (N, L, D) from `embed` through the encoder -> (N, L + 1, D), the class token first."""
+        raise NotImplementedError
+
+    def _blank_tokens(self, number: int) -> torch.Tensor:
+        """Return tokens (number, L, D) for a strategy that reads only their shape."""
+        return self.cls_token.expand(number, self.num_patches, -1)
+
+    @torch.no_grad()
+    def choose_mask(
+        self,
+        images: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        strategy: Callable[..., Mask] | None = None,
+        **offered,
+    ) -> Mask:
+        """Ask a strategy which patches of `images` (N, C, H, W) to remove: no gradient, no autocast.
+
+        Args:
+            images: normalised.
+            noise: (N, L) in [0, 1), replaces the strategy's own draw.
+            strategy: asked in place of the model's own.
+            offered: what a strategy may need besides grid and patch size, see `masking.NEEDS`.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            strategy = strategy or self.masking
+            reads = masking.reads_tokens(strategy)
+            tokens = self.embed(images) if reads else self._blank_tokens(len(images))
+            sizes = {"grid": self.patch_embed.grid_size, "patch_size": self.patch_embed.patch_size}
+            return masking.call(strategy, tokens, noise, **sizes, **offered)
