@@ -173,7 +173,8 @@ def _resize(table: torch.Tensor, grid: tuple[int, int], old_grid: tuple[int, int
     if tuple(grid) == tuple(old_grid):
         return table
     shape = ((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, table.shape[1])
-    return resize_rel_pos_bias_table(table, grid, shape, old_grid)
+    told = {} if old_grid[0] == old_grid[1] else {"old_window_size": old_grid}  # timm takes square ones for granted
+    return resize_rel_pos_bias_table(table, grid, shape, **told)
 
 
 def _block(block: nn.Module, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:

@@ -393,8 +393,10 @@ def test_the_recipes_are_there():
 
 PUBLISHED = {  # effective batch, peak learning rate on 8 processes
     "pretrain": {"vitb16": (4096, 2.4e-3), "vitl16": (4096, 2.4e-3), "vith14": (4096, 2.4e-3)}
-    | {"vitb16_hpm": (2048, 1.2e-3)},
-    "finetune": {"vitb16": (1024, 2e-3), "vitl16": (1024, 4e-3), "vith14": (1024, 4e-3)},
+    | {"vitb16_hpm": (2048, 1.2e-3)}
+    | {f"vitb16_simmim{masking}": (2048, 4e-4) for masking in ("", "_sbam", "_sbam_amr")},
+    "finetune": {"vitb16": (1024, 2e-3), "vitl16": (1024, 4e-3), "vith14": (1024, 4e-3)}
+    | {"vitb16_simmim": (2048, 5e-3)},
     "linprobe": {"vitb16": (16384, 6.4), "vitl16": (16384, 6.4), "vith14": (16384, 6.4)},
 }
 
