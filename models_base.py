@@ -60,6 +60,22 @@ class MaskedModel(nn.Module):
         """Run tokens (N, L, D) from `embed` through the encoder -> (N, L + 1, D), the class token first."""
         raise NotImplementedError
 
+    def predict_pixels(self, tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Predict all patches of tokens (N, L, D), of which `mask` removes some: (N, L, P), as by `patchify`."""
+        raise NotImplementedError
+
+    def with_class_token(self, kept: torch.Tensor, mask: Mask, cls_token: torch.Tensor) -> torch.Tensor:
+        """Put the class token (1, 1, D) before the kept tokens (T, D) of each image.
+
+        Returns:
+            (N, K + 1, D) where all images keep K; else packed image by image (sum(num_keep + 1), D).
+        """
+        places, num_images = mask.kept, len(mask.num_keep)
+        first = cls_token.expand(num_images, -1, -1).flatten(0, 1).to(kept.dtype)  # (N, D)
+        x = kept.new_empty(len(places.slots), kept.shape[-1])  # (T + N, D)
+        x = x.index_copy_(0, places.rows, kept).index_copy_(0, places.class_rows, first)
+        return x if places.layout is not None else x.view(num_images, -1, x.shape[-1])
+
     def _blank_tokens(self, number: int) -> torch.Tensor:
         """Return tokens (number, L, D) for a strategy that reads only their shape."""
         return self.cls_token.expand(number, self.num_patches, -1)

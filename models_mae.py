@@ -139,13 +139,8 @@ class MaskedAutoencoderViT(MaskedModel):
 
     def _encode_kept(self, tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
         """`encode` for the kept tokens (T, D) alone."""
-        kept, num_images = mask.kept, len(mask.num_keep)
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(num_images, -1, -1).flatten(0, 1)  # (N, D)
-        x = tokens.new_empty(len(kept.slots), tokens.shape[-1])  # (T + N, D)
-        x = x.index_copy_(0, kept.rows, tokens).index_copy_(0, kept.class_rows, cls_token.to(x.dtype))
-        if kept.layout is None:
-            x = x.view(num_images, -1, x.shape[-1])  # (N, K + 1, D)
-        return self.norm(self._run(self.blocks, x, kept.layout))
+        x = self.with_class_token(tokens, mask, self.cls_token + self.pos_embed[:, :1])
+        return self.norm(self._run(self.blocks, x, mask.kept.layout))
 
     def _run(self, blocks: nn.ModuleList, x: torch.Tensor, layout: PackedLayout | None = None) -> torch.Tensor:
         call = self._dense_block if layout is None else partial(self._packed_block, layout)
@@ -202,6 +197,10 @@ class MaskedAutoencoderViT(MaskedModel):
         layout = None if decoded is None else decoded.layout
         x = norm(self._run(blocks, x, layout))
         return output(x)[:, 1:] if layout is None else output(x[decoded.rows])
+
+    def predict_pixels(self, tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Predict all patches of tokens (N, L, D): (N, L, P), 0 for thrown ones."""
+        return self.place_decoded(self.forward_decoder(self.encode(tokens, mask), mask), mask)
 
     def place_decoded(self, pred: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Put predictions from `forward_decoder` where they belong: (N, L, P), 0 for thrown patches."""

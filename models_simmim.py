@@ -118,9 +118,9 @@ class SimMIMViT(MaskedModel, Beit):
         pixels = self.decoder(image).flatten(2).transpose(1, 2)  # (N, L, C * p_h * p_w), the channel slowest
         return pixels.unflatten(2, (self.in_chans, -1)).transpose(2, 3).flatten(2)
 
-    def place_decoded(self, pred: torch.Tensor, mask: Mask) -> torch.Tensor:
-        """Return predictions (N, L, P) as they are: all patches pass through the decoder."""
-        return pred
+    def predict_pixels(self, tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
+        """Predict all patches of tokens (N, L, D), those that `mask` removes replaced: (N, L, P)."""
+        return self.forward_decoder(self.encode(tokens, mask))
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Mask, encode, decode.

@@ -125,7 +125,7 @@ def columns(
     if rebuilt is None:
         return found
     mask = masks[rebuilt]
-    pred = model.place_decoded(model.forward_decoder(model.encode(tokens, mask), mask), mask).float()
+    pred = model.predict_pixels(tokens, mask).float()
     rebuilt_pixels = reconstruct(model, pred, normalized, normalize).cpu()
     how = "\n(mean, std: image's)" if model.norm_pix_loss else ""
     found.append(drawing.Column(f"rebuilt: {rebuilt}{how}", rebuilt_pixels))

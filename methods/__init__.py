@@ -1,6 +1,7 @@
 """Pre-training methods: `create(name, ...)`, `available()`; docs/METHODS.md says how to write one."""
 
 from methods.base import At, Inputs, Loss, Method, Plan, available, create, from_settings, register
+from methods.bootmae import BootMAE
 from methods.hpm import HPM
 from methods.mae import MAE
 from methods.simmim import SimMIM
@@ -10,6 +11,7 @@ __all__ = [
     "HPM",
     "MAE",
     "At",
+    "BootMAE",
     "Inputs",
     "Loss",
     "Method",

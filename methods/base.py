@@ -105,7 +105,7 @@ class Method(nn.Module):
         betas: of AdamW.
         decodes_part: whether `--decode_ratio` below 1 makes sense.
         decode_ratio: share of the removed tokens that are predicted.
-        peak_lr, warmup_epochs: of the settings, for `schedule`.
+        peak_lr, min_lr, warmup_epochs: of the settings, for `schedule`.
         offers: what a strategy may need (`masking.NEEDS`) and this method gives.
         shown: averages that stand in each line on the terminal.
     """
@@ -128,7 +128,7 @@ class Method(nn.Module):
         self._warmup: masking.base.Strategy | None = None
         self.maps: AttentionMaps | None = None  # where the strategy needs them
         self.amp = "none"
-        self.peak_lr, self.warmup_epochs = 1.0, 0.0
+        self.peak_lr, self.min_lr, self.warmup_epochs = 1.0, 0.0, 0.0
 
     @classmethod
     def from_settings(cls, settings: PretrainSettings, weights: dict | None = None, /, **options) -> Method:
@@ -160,7 +160,7 @@ class Method(nn.Module):
         method._warmup = masking.create("random", mask_ratio=warmup_ratio)
         method.decode_ratio = exact_ratio(settings.decode_ratio)
         method.peak_lr = settings.resolved_lr(world.launched_world_size())
-        method.warmup_epochs = settings.warmup_epochs
+        method.min_lr, method.warmup_epochs = settings.min_lr, settings.warmup_epochs
         if "maps" in masking.base.needs(strategy):
             folders = [Path(settings.output_dir), *([Path(settings.resume).parent] if settings.resume else [])]
             every = getattr(strategy, "refresh_epochs", 40)

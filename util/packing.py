@@ -6,6 +6,7 @@ A packed batch is (T, D) with T the sum of the lengths; linear layers, norms and
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -62,6 +63,36 @@ def packed_attention(qkv: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         offsets, longest = layout.offsets, layout.max_length
         return varlen_attn(*qkv.unbind(1), offsets, offsets, longest, longest)
     return _attention_by_length(qkv, layout.lengths)
+
+
+def packed_cross_attention(query: torch.Tensor, key_value: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    """Attention of as many queries in each image to a memory whose length differs from image to image.
+
+    Args:
+        query: (N, Q, H, d).
+        key_value: (T, 2, H, d) keys and values of the memories, packed image by image.
+        layout: where the memories lie.
+
+    Returns:
+        (N, Q, H, d).
+    """
+    num_images, number, _, head_dim = query.shape
+    if layout.flash and query.dtype in _VARLEN_DTYPES and head_dim % 8 == 0 and head_dim <= 256:
+        offsets = torch.arange(num_images + 1, dtype=torch.int32, device=query.device) * number
+        key, value = key_value.unbind(1)
+        found = varlen_attn(query.flatten(0, 1), key, value, offsets, layout.offsets, number, layout.max_length)
+        return found.view_as(query)
+    lengths = layout.lengths.tolist()
+    memories = key_value.split(lengths)
+    images = sorted(range(num_images), key=lengths.__getitem__)  # those of equal length share a call
+    outputs = []
+    for _, same in itertools.groupby(images, key=lengths.__getitem__):
+        same = list(same)
+        key, value = torch.stack([memories[image] for image in same]).permute(2, 0, 3, 1, 4)  # (n, H, length, d) each
+        attended = F.scaled_dot_product_attention(query[same].transpose(1, 2), key, value)
+        outputs.append(attended.transpose(1, 2))
+    inverse = torch.argsort(torch.tensor(images)).to(query.device)
+    return torch.cat(outputs)[inverse]
 
 
 @functools.lru_cache(maxsize=2)  # every block of a forward and a backward pass asks for the same
