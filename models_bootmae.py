@@ -253,6 +253,24 @@ class BootMAEViT(MaskedModel):
         return ((channels - mean) / (variance + 1e-5).sqrt()).flatten(2)
 
 
+class BootMAEClassifier(beit.Beit):
+    """The fine-tuning model: the position table stays as it is; the mean of the patch tokens is classified.
+
+    Args:
+        options: of timm's `Beit`.
+    """
+
+    def __init__(self, **options):
+        super().__init__(init_values=None, use_abs_pos_emb=True, norm_layer=layer_norm, **options)
+        self.pos_embed.requires_grad = False
+        table = row_first(sincos_2d(options["embed_dim"], self.patch_embed.grid_size))
+        self.pos_embed.data = table.to(self.pos_embed.device)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return what is not decayed besides 1-D tensors and biases."""
+        return {"cls_token", "pos_embed"}
+
+
 def _block(block: nn.Module, x: torch.Tensor, layout: PackedLayout | None) -> torch.Tensor:
     return block(x, shared_rel_pos_bias=layout)
 

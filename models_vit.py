@@ -8,6 +8,7 @@ from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from models_bootmae import BootMAEClassifier
 from models_simmim import SimMIMClassifier
 from util.config import SupervisedSettings
 from util.suggest import check_known
@@ -22,6 +23,9 @@ _ARCHITECTURES = {
     "vit_huge_patch14": (14, 1280, 32, 16, 224),
     "simmim_vit_mini_patch4": (4, 96, 4, 3, 16),
     "simmim_vit_base_patch16": (16, 768, 12, 12, 224),
+    "bootmae_vit_mini_patch4": (4, 96, 4, 3, 16),
+    "bootmae_vit_base_patch16": (16, 768, 12, 12, 224),
+    "bootmae_vit_large_patch16": (16, 1024, 24, 16, 224),
 }
 
 
@@ -72,6 +76,8 @@ def create_model(
     }
     if name.startswith("simmim_"):
         return SimMIMClassifier(**options)
+    if name.startswith("bootmae_"):
+        return BootMAEClassifier(**options)
     return VisionTransformer(**options, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 

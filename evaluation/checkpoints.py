@@ -97,8 +97,8 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **chan
     with torch.device("meta"):
         model = base.build_model(settings)
     wanted = set(model.state_dict())
-    has_decoder = any(name.startswith("decoder") for name in state)
-    needed = {name for name in wanted if has_decoder or not name.startswith(("decoder", "mask_token"))}
+    has_decoder = any(name.startswith("decode") for name in state)
+    needed = {name for name in wanted if has_decoder or not name.startswith(checkpoint.DECODERS)}
     if "norm.weight" not in state:  # fine-tuned on the mean of the patch tokens: the classifier has a norm of its own
         needed -= {"norm.weight", "norm.bias"}
     current = model.state_dict()
@@ -267,8 +267,10 @@ def guess_model(state: dict[str, torch.Tensor], path: str | Path) -> str:
     width = state["patch_embed.proj.weight"].shape[0]
     depth = 1 + max((int(name.split(".")[1]) for name in state if re.match(r"blocks\.\d+\.", name)), default=-1)
     for name in models_mae.available_models():
+        if not name.startswith("mae_"):
+            continue  # the others say which they are
         with torch.device("meta"):
             model = models_mae.create_model(name)
-        if model.pos_embed is not None and (model.pos_embed.shape[-1], len(model.blocks)) == (width, depth):
+        if (model.pos_embed.shape[-1], len(model.blocks)) == (width, depth):
             return name
     raise ValueError(f"{path}: no architecture here has width {width} and {depth} blocks; name one with --model")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from masking.base import check_number, check_ratio, check_rounding, draw_noise, keep_count, register
-from masking.mask import Mask, mask_from_scores
+from masking.mask import Mask, mask_from_scores, ranks
 
 # Proposals in a row that may fail before a mask that must reach its count is completed patch by patch.
 _PATIENCE = 1000
@@ -95,9 +95,12 @@ class BlockMasking:
         attempts: proposals for each rectangle; None goes on until the count is exact. With 10, as in BEiT, a third of
             the masks fall short, and images keep different numbers of patches.
         rounding: "kept" rounds the number of kept patches up, "removed" that of removed ones.
+        covered: share of patches that the rectangles cover; the rest of the removed ones is random (BootMAE: 120/196).
+            `mask_ratio` if None.
+        roll: up to so many of the covered patches are kept, and as many others removed in their place; the number is
+            drawn for all images of a step together (BootMAE: 3).
     """
 
-    needs = frozenset({"grid"})
     reads_tokens = False
 
     def __init__(
@@ -108,8 +111,16 @@ class BlockMasking:
         aspect: float = 0.3,
         attempts: int | None = None,
         rounding: str = "kept",
+        covered: float | str | Fraction | None = None,
+        roll: int = 0,
     ):
         self.mask_ratio, self.rounding = check_ratio("mask_ratio", mask_ratio), check_rounding(rounding)
+        self.covered = None if covered is None else check_ratio("covered", covered)
+        if isinstance(roll, bool) or not isinstance(roll, int) or roll < 0:
+            raise ValueError(f"roll is {roll!r}; it must be a whole number of at least 0")
+        if attempts is not None and (covered is not None or roll):
+            raise ValueError("attempts goes with neither covered nor roll; leave it out for an exact number of patches")
+        self.roll, self.needs = roll, frozenset({"grid", "draw"} if roll else {"grid"})
         self.min_patches = check_number("min_patches", min_patches, minimum=1)
         self.max_patches = max_patches if max_patches is None else check_number("max_patches", max_patches, minimum=1)
         self.aspect = check_number("aspect", aspect, exclusive=True)
@@ -119,15 +130,21 @@ class BlockMasking:
             raise ValueError(f"attempts is {attempts!r}; it must be a whole number of at least 1, or null for no limit")
         self.attempts = attempts
 
-    def __call__(self, tokens: torch.Tensor, noise: torch.Tensor | None = None, *, grid: tuple[int, int]) -> Mask:
+    def __call__(
+        self, tokens: torch.Tensor, noise: torch.Tensor | None = None, *, grid: tuple[int, int], draw: float = 0.0
+    ) -> Mask:
         """Mask tokens (N, L, D) on a grid of (rows, columns); noise (N, L) in [0, 1) seeds the rectangles."""
-        noise = draw_noise(tokens, noise)
-        target = tokens.shape[1] - keep_count(tokens.shape[1], self.mask_ratio, self.rounding)
+        noise, num_tokens = draw_noise(tokens, noise), tokens.shape[1]
+        num_keep = keep_count(num_tokens, self.mask_ratio, self.rounding)
+        target = num_tokens - num_keep if self.covered is None else round(num_tokens * self.covered)
         covered = np.stack([self._draw(grid, target, seed) for seed in _seeds(noise)])
         removed = torch.from_numpy(covered).to(tokens.device, non_blocking=True).flatten(1)  # (N, L)
-        # Noise ranks what is removed, and what is kept, among themselves.
-        num_keep = tokens.shape[1] - (target if self.attempts is None else covered.sum(axis=(1, 2)).clip(min=1))
-        return mask_from_scores(removed + noise, num_keep if self.attempts is None else torch.from_numpy(num_keep))
+        scores = removed + noise  # which also ranks the covered patches, and the others, among themselves
+        if self.roll:
+            scores = (ranks(scores) + int(draw * (self.roll + 1))) % num_tokens
+        if self.attempts is None:
+            return mask_from_scores(scores, num_keep)
+        return mask_from_scores(scores, torch.from_numpy(num_tokens - covered.sum(axis=(1, 2)).clip(min=1)))
 
     def _draw(self, grid: tuple[int, int], target: int, seed: int) -> np.ndarray:
         options = {"max_patches": self.max_patches, "aspect": self.aspect, "attempts": self.attempts}

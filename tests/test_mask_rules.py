@@ -58,6 +58,20 @@ def test_beits_rule_may_fall_short():
     assert short.keep_lengths == tuple(short.num_keep.tolist())
 
 
+@pytest.mark.parametrize(("draw", "kept_of_the_covered"), [(0.0, 0), (0.3, 1), (0.999, 3)])
+def test_bootmaes_mask_leaves_a_few_covered_patches(draw, kept_of_the_covered):
+    """147 of 196 are removed, 120 of them in rectangles but for k, which are kept."""
+    options = {"covered": "120/196", "max_patches": 60}
+    tokens, noise = torch.zeros(20, 196, 1), torch.rand(20, 196)
+    rolled = masked(masking.create("block", **options, roll=3), tokens, noise, draw=draw)
+    rectangles = masked(
+        masking.create("block", mask_ratio="120/196", rounding="removed", max_patches=60), tokens, noise
+    )
+    assert (rectangles.mask.sum(dim=1) == 120).all()
+    assert (rolled.mask.sum(dim=1) == 147).all()
+    assert ((rectangles.mask & ~rolled.mask).sum(dim=1) == kept_of_the_covered).all()
+
+
 def test_a_grid_on_which_no_block_fits_is_completed():
     for grid, target in (((1, 16), 12), ((2, 2), 3), ((3, 3), 8)):
         assert draw_blocks(grid, target, random.Random(0)).sum() == target
@@ -159,6 +173,8 @@ def test_incoming_weight_is_what_a_token_takes_from_the_others():
         ("block", {"aspect": 2}, "aspect is 2; it must be at most 1"),
         ("block", {"attempts": 0}, "attempts is 0; it must be a whole number"),
         ("block", {"min_patches": 0}, "min_patches is 0"),
+        ("block", {"roll": -1}, "roll is -1"),
+        ("block", {"roll": 1, "attempts": 10}, "attempts goes with neither covered nor roll"),
         ("color", {"color": "grean"}, "color is 'grean'; choose red, green, blue or purple"),
         ("color", {"sigma": 0}, "sigma is 0"),
         ("inverse_block", {"aspect": 0}, "aspect is 0"),

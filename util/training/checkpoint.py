@@ -29,7 +29,8 @@ _WRAPPERS = r"((module|encoder|backbone|model|student|teacher|model_ema)\.)*"
 _FIRST = "patch_embed.proj.weight"  # every encoder has it
 
 # What a pre-trained model has beside the encoder, which a classifier does without.
-BESIDE_ENCODER = ("decoder", "mask_token", "head.", "head_dist.", "fc_norm.", "pooler.")
+DECODERS = ("decode", "mask_token", "de_pos_embed", "down", "lm_head")  # what predicts, of all methods
+BESIDE_ENCODER = (*DECODERS, "head.", "head_dist.", "fc_norm.", "pooler.")
 
 
 def save(path: Path, content: dict) -> None:
