@@ -24,19 +24,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from torch import nn
+
 from evaluation import features
+from methods import Loss, Method
 from util.distributed import world
-from util.training.step import GradientStep
 
 
 @contextmanager
 def injected(faults: list[dict]) -> Iterator[None]:
-    """Let these faults strike between a micro-batch's forward and backward pass, or in the monitors."""
+    """Let these faults strike in a method's forward passes, or in the monitors."""
     look = [fault for fault in faults if "look" in fault]
     faults = [fault for fault in faults if "look" not in fault]
-    original, count = GradientStep.backward, 0
+    count = 0
 
-    def backward(self, part):
+    def call(self, inputs, plan, at):
         nonlocal count
         number, count, factor = count, count + 1, 1.0
         for fault in faults:
@@ -64,12 +66,13 @@ def injected(faults: list[dict]) -> Iterator[None]:
                         while True:  # numbers in between may be free
                             os.open(os.devnull, os.O_RDONLY)
                 elif fault["kind"] == "overflow":
-                    self.parameters[0].data.fill_(float("inf"))
+                    next(self.parameters()).data.fill_(float("inf"))
                 elif fault["kind"] == "free":
                     Path(fault["path"]).unlink()
                 else:
                     os.kill(os.getpid(), getattr(signal, fault["kind"]))
-        return original(self, part * factor)
+        losses = nn.Module.__call__(self, inputs, plan, at)
+        return {name: Loss(loss.sum * factor, loss.count) for name, loss in losses.items()}
 
     extract, numbers = features.extract_features, itertools.count()
 
@@ -82,11 +85,12 @@ def injected(faults: list[dict]) -> Iterator[None]:
                 time.sleep(60)
         return extract(*args, **options)
 
-    GradientStep.backward, features.extract_features = backward, extract_slowly
+    Method.__call__, features.extract_features = call, extract_slowly
     try:
         yield
     finally:
-        GradientStep.backward, features.extract_features = original, extract
+        del Method.__call__
+        features.extract_features = extract
 
 
 def fill(path: Path) -> None:

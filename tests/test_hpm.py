@@ -14,7 +14,6 @@ from runs import assert_same_run, content, flags, pretrain, stopped
 
 import main_pretrain
 import masking
-import methods
 from methods import HPM, At, Inputs
 from methods.hpm import relative_loss
 from util.training.averages import Averages
@@ -159,7 +158,3 @@ def test_what_does_not_go_together_is_named(pictures, tmp_path, capsys):
         assert message in refusal(main_pretrain.main, given, capsys)
     with pytest.raises(ValueError, match="final_share is 2"):
         masking.create("hpm", final_share=2)
-
-
-def test_both_are_registered():
-    assert methods.available() == ["hpm", "mae"]

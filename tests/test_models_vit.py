@@ -27,7 +27,9 @@ def test_an_encoder_loads_and_only_the_head_is_new(global_pool):
     assert torch.equal(model.blocks[2].mlp.fc1.weight, encoder["blocks.2.mlp.fc1.weight"])
 
 
-@pytest.mark.parametrize("encoder", [n.removeprefix("mae_") for n in models_mae.available_models()])
+@pytest.mark.parametrize(
+    "encoder", [n.removeprefix("mae_") for n in models_mae.available_models() if n.startswith("mae_")]
+)
 def test_every_encoder_has_its_classifier(encoder):
     with torch.device("meta"):
         state = models_mae.create_model(f"mae_{encoder}").state_dict()
