@@ -65,6 +65,10 @@ def load_tensors(path: Path) -> tensor_names.State:
 
 def check_names(path: Path, settings: PretrainSettings, state: tensor_names.State) -> None:
     """Raise ValueError unless `state` is a whole autoencoder, encoder or classifier of the architecture."""
+    if not settings.model.startswith("mae_"):
+        raise ValueError(
+            f"{path}: is of {settings.model}, which no other format holds yet; export a model named mae_..."
+        )
     with torch.device("meta"):
         wanted = base.build_model(settings).state_dict()
     if "decoder_pred.weight" not in state:

@@ -18,6 +18,7 @@ import models_vit
 from evaluation import checkpoints, figures, measure
 from methods import At, BootMAE, Inputs
 from models_bootmae import BootMAEViT, bootmae_vit_base_patch16
+from scripts import export
 from util import optim
 from util.packing import PackedLayout, packed_cross_attention
 from util.training import checkpoint
@@ -213,6 +214,11 @@ def test_a_checkpoint_is_measured_and_drawn(trained):
     pixels = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     columns = figures.columns(opened.model, pixels, opened.normalize, strategies, temperature=1.0, rebuilt="sbam_amr")
     assert columns[-1].pictures.isfinite().all()
+
+
+def test_an_export_says_that_it_cannot(trained, tmp_path, capsys):
+    arguments = [str(trained), "--to", "timm", "--output", str(tmp_path / "encoder.safetensors")]
+    assert "is of bootmae_vit_mini_patch4, which no other format holds yet" in refusal(export.main, arguments, capsys)
 
 
 def test_what_does_not_go_together_is_named(pictures, tmp_path, capsys):

@@ -18,6 +18,7 @@ import models_vit
 from evaluation import checkpoints, measure
 from methods import At, Inputs, SimMIM
 from models_simmim import SimMIMViT, simmim_vit_base_patch16
+from scripts import export
 from util import optim
 from util.training import checkpoint
 from util.training.averages import Averages
@@ -207,6 +208,11 @@ def test_features_of_a_checkpoint_are_measured(trained):
     found = measure.measure(opened, ("rank_me", "salience"), val_images=20)
     assert 1 <= found["rank_me"] <= 20
     assert found["mask_ratio"] == 0.75  # three of four cells, rounded up
+
+
+def test_an_export_says_that_it_cannot(trained, tmp_path, capsys):
+    arguments = [str(trained), "--to", "timm", "--output", str(tmp_path / "encoder.safetensors")]
+    assert "is of simmim_vit_mini_patch4, which no other format holds yet" in refusal(export.main, arguments, capsys)
 
 
 def test_what_does_not_go_together_is_named(pictures, tmp_path, capsys):
