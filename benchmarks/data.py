@@ -30,7 +30,7 @@ from util.data.sources import Files, Source
 from util.data.tar_shards import TarShards
 
 SIZE, SCALE = (224, 224), (0.2, 1.0)
-Crop = Callable[[bytes], np.ndarray]  # an encoded picture -> its crop (h, w, 3), flipped or not
+Crop = Callable[[bytes], np.ndarray]  # an encoded image -> its crop (h, w, 3), flipped or not
 
 
 def main(argv: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Opening a checkpoint to look at it: the model, how its pictures are prepared, and measurements of its features."""
+"""Opening a checkpoint to look at it: the model, how its images are prepared, and measurements of its features."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from util.data import transforms
 from util.kinds import check_kinds
 from util.training import checkpoint
 
-# Settings that say what a model is, and what its pictures are; the others are of its training.
+# Settings that say what a model is, and what its images are; the others are of its training.
 OF_MODEL = ("model", "input_size", "patch_size", "in_chans", "norm_pix_loss", "mean", "std")
 OF_MODEL += ("mask_ratio", "masking", "masking_args")
 OF_DATA = ("dataset", "data_path", "loader")
@@ -154,7 +154,7 @@ def check_device(device: torch.device | str) -> None:
 
 
 def check_pictures(settings: PretrainSettings) -> None:
-    """Raise ValueError unless the pictures of these settings are what can be resized here."""
+    """Raise ValueError unless the images of these settings are what can be resized here."""
     if settings.loader is not None and settings.dataset == "folder":
         raise ValueError(
             f"--loader {settings.loader}: the model was trained on the arrays of a loader, and only pictures can be "

@@ -20,12 +20,12 @@ CACHE_GB = 16  # the attentive probe keeps all patch tokens of its images in mem
 
 
 class Named(Dataset):
-    """`dataset[0, index]` -> picture `index`, (C, H, W), and class 0. OSError names a file that cannot be decoded.
+    """`dataset[0, index]` -> image `index`, (C, H, W), and class 0. OSError names a file that cannot be decoded.
 
-    Unlike in a data set, no other picture takes its place.
+    Unlike in a data set, no other image takes its place.
 
     Args:
-        images: the pictures.
+        images: the images.
         transform: PIL image -> tensor (C, H, W).
     """
 
@@ -45,7 +45,7 @@ def image_features(opened: Opened, pictures: list[str | Path], pool: str = "mean
     Each is resized and centre-cropped to the model's size.
 
     Raises:
-        ValueError: the model is of other images than pictures.
+        ValueError: the images of the model cannot be resized here.
         OSError: names a file that cannot be read or decoded.
     """
     check_pictures(opened.settings)

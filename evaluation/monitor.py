@@ -1,4 +1,4 @@
-"""What to watch while a masked autoencoder trains: k-NN accuracy, effective rank, salience, pictures."""
+"""What to watch while a masked autoencoder trains: k-NN accuracy, effective rank, salience, figures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ImageSets:
 
     Attributes:
         train: for k-NN; None without labels.
-        val: whose features, salience and pictures are looked at: validation images where there are some.
+        val: whose features, salience and images are looked at: validation images where there are some.
         without_labels: why there are none, in a sentence.
     """
 
@@ -77,7 +77,7 @@ class Look:
     Attributes:
         values: numbers by name.
         mask_ratios: (n,), of the images.
-        picture: of some images.
+        picture: a figure of some images.
     """
 
     values: dict[str, float] = field(default_factory=dict)
@@ -96,7 +96,7 @@ class Monitor:
         strategy: the run's masking.
         normalize: pixels -> the model's input, on its device.
         size: height and width of the model's images.
-        log: where numbers and pictures go.
+        log: where numbers and figures go.
     """
 
     settings: PretrainSettings

@@ -1,1 +1,1 @@
-"""Where pictures come from, what becomes of them, and which samples make which step."""
+"""Where images come from, what becomes of them, and which samples make which step."""

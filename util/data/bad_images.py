@@ -12,16 +12,16 @@ from util.distributed import world
 
 
 class TooManyBadImages(SystemExit):
-    """More pictures cannot be decoded than the run accepts; every process raises it at the same step, one says why."""
+    """More images cannot be decoded than the run accepts; every process raises it at the same step, one says why."""
 
 
 class BadImages:
-    """Marks of a data set's bad pictures, in memory that the loader's workers share with their process.
+    """Marks of a data set's bad images, in memory that the loader's workers share with their process.
 
     Args:
         num_images: size of the data set.
         max_share: of the data set that may be bad.
-        describe: number of a picture -> its name and what is wrong with it.
+        describe: number of an image -> its name and what is wrong with it.
     """
 
     def __init__(self, num_images: int, max_share: float, describe: Callable[[int], str]):
@@ -47,7 +47,7 @@ class BadImages:
         """Share what is new among all processes, name it on stderr, and count. All processes call it together.
 
         Returns:
-            The number of different bad pictures so far, in all processes.
+            The number of different bad images so far, in all processes.
 
         Raises:
             TooManyBadImages: they are more than `max_share` of the data set, or all of it.

@@ -53,7 +53,7 @@ def draw_box(
 ) -> tuple[int, int, int, int]:
     """Draw (top, left, height, width) of torchvision's random resized crop, from the same random numbers, faster.
 
-    torchvision's own takes 0.1 ms, a twentieth of what a whole picture takes.
+    torchvision's own takes 0.1 ms, a twentieth of what a whole image takes.
     """
     area = width * height
     low, high = _log_range(ratio)
@@ -85,7 +85,7 @@ class PixelCrop:
 
     Args:
         size: (height, width) of the output in pixels.
-        scale: range of the crop's area over the picture's.
+        scale: range of the crop's area over the image's.
         hflip: probability of the flip.
     """
 

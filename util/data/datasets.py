@@ -1,4 +1,4 @@
-"""Data sets by name -> pictures by number. Any one is read without the others, so that every run resumes exactly."""
+"""Data sets by name -> images by number. Any one is read without the others, so that every run resumes exactly."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _MOST_CLASSES = 10**6  # a larger class number is an identifier, and would ask f
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Pictures with labels, not yet transformed.
+    """Images with labels, not yet transformed.
 
     Attributes:
-        source: reads a picture by its number.
+        source: reads an image by its number.
         labels: class of each; -1: none.
         classes: names of the classes; empty if the labels mean nothing.
         channels: that are wanted.
-        dtype: of the values of every picture that is made a tensor, `uint8` for picture files; None: any.
+        dtype: of the values of every image that is made a tensor, `uint8` for image files; None: any.
         passed_over: how many files beside them have which ending.
         why_unlabelled: where the labels are no class numbers: what they are, in a sentence.
     """
@@ -96,18 +96,18 @@ class ImageSet:
 
 
 class SeededImages(Dataset):
-    """`dataset[epoch, index]` -> transformed picture and label, random only in (seed, epoch, index).
+    """`dataset[epoch, index]` -> transformed image and label, random only in (seed, epoch, index).
 
-    A picture that cannot be decoded or transformed is replaced by the next good one, with its label, and marked in
-    `bad`. Once those are too many, a blank picture is handed out instead of searching on: `bad.collect` will end the
+    An image that cannot be decoded or transformed is replaced by the next good one, with its label, and marked in
+    `bad`. Once those are too many, a blank image is handed out instead of searching on: `bad.collect` will end the
     run.
 
     Args:
-        images: the pictures.
+        images: the images.
         transform: PIL image -> tensor (C, H, W); or, if it has a true attribute `takes_pixels`, of a tensor (H, W, C).
         seed: of the augmentation.
-        max_bad_images: share of the pictures that may be bad; None where nobody calls `bad.collect`: then only a set
-            without any good picture is an OSError.
+        max_bad_images: share of the images that may be bad; None where nobody calls `bad.collect`: then only a set
+            without any good image is an OSError.
     """
 
     def __init__(self, images: ImageSet, transform: Callable, seed: int = 0, max_bad_images: float | None = None):
@@ -137,7 +137,7 @@ class SeededImages(Dataset):
         return self.images.source.name(index)
 
     def _sample(self, index: int, key: tuple[int, int]):
-        """Return picture `index`, transformed with the random numbers of `key`. OSError names it if that fails."""
+        """Return image `index`, transformed with the random numbers of `key`. OSError names it if that fails."""
         if index in self._undecodable:
             raise OSError(self._undecodable[index])
         try:
@@ -170,12 +170,12 @@ def open_unlabelled(name: str, data_path: str | None, in_chans: int, loader: str
     Args:
         name: of the data set: folder, digits, wds, hfds, torch/NAME; see docs/DATA.md.
         data_path: where it is.
-        in_chans: channels of the pictures.
+        in_chans: channels of the images.
         loader: `package.module:function`, path -> array (H, W, C), for all files below a folder, or those with the
             endings in the function's attribute `extensions`.
 
     Raises:
-        ValueError: unknown data set, nothing at `data_path`, or no picture in it.
+        ValueError: unknown data set, nothing at `data_path`, or no image in it.
     """
     check(name, in_chans, loader)
     if name != "folder":
@@ -195,7 +195,7 @@ def open_labelled(name: str, data_path: str | None, split: str, in_chans: int) -
     """Open images with classes; of a folder `data_path`/{train,val}/<class>/<image>. A class may have no image.
 
     Raises:
-        ValueError: unknown data set, nothing at `data_path`, or a picture without a class.
+        ValueError: unknown data set, nothing at `data_path`, or an image without a class.
     """
     check(name, in_chans, None)
     if in_chans not in decode.MODES:
@@ -224,7 +224,7 @@ def _training_folder(root: Path) -> Path:
 
 
 def _class_folders(root: Path, in_chans: int) -> ImageSet:
-    """Return the pictures `root`/<class>/<picture>. A class may have no picture."""
+    """Return the images `root`/<class>/<picture>. A class may have no image."""
     _, classes, beside = next(sources.walk(root)) if root.is_dir() else ("", [], [])
     found = [sources.find_files(root / name, decode.EXTENSIONS) for name in classes]
     paths = [path for part, _ in found for path in part]

@@ -1,4 +1,4 @@
-"""The content of one picture -> pixels, upright, with the wanted channels. Whatever is wrong with it is an error."""
+"""The content of one image -> pixels, upright, with the wanted channels. Whatever is wrong with it is an error."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and
 def to_picture(content: Content, mode: str) -> Image.Image:
     """Return a PIL image in `mode`: the first frame, upright, 16-bit grey scaled to 8 bits, no alpha blended.
 
-    RGBA comes under the name CMYK, with the bands R, G, B, A: Pillow's resizing multiplies the colours of a picture
+    RGBA comes under the name CMYK, with the bands R, G, B, A: Pillow's resizing multiplies the colours of an image
     that is called RGBA by its alpha, and so loses them where that is 0.
 
     Raises:

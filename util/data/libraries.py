@@ -13,7 +13,7 @@ from util.data.sources import Arrays, Files, Source
 
 
 class Opened(NamedTuple):
-    """Pictures, their classes (-1: none), the names of the classes, and why there may be none."""
+    """Images, their classes (-1: none), the names of the classes, and why there may be none."""
 
     source: Source
     labels: np.ndarray
@@ -51,7 +51,7 @@ def open_torchvision(name: str, data_path: str | None, split: str) -> Opened:
 
 
 class _Rows:
-    """A column of pictures in a Hugging Face data set."""
+    """A column of images in a Hugging Face data set."""
 
     def __init__(self, data, key: str, title: str):
         self.data, self.key, self.title = data.select_columns([key]), key, title
@@ -74,7 +74,7 @@ def open_hugging_face(name: str, data_path: str | None, split: str) -> Opened:
     """Open `hfds/...`: a name on the hub, or a folder of Parquet or Arrow files; for `hfds` alone, `data_path`.
 
     Raises:
-        ValueError: it cannot be opened, or has no such split or no column of pictures.
+        ValueError: it cannot be opened, or has no such split or no column of images.
     """
     try:
         import datasets
@@ -123,7 +123,7 @@ def _labels_of(data) -> tuple[np.ndarray, tuple[str, ...], str]:
 def _load_split(datasets, place: str, cache: str | None, split: str):
     """Load the split as a table of plain values. Folders that save_to_disk wrote are not for load_dataset.
 
-    timm is not asked: where its column is missing, it adds one without pictures.
+    timm is not asked: where its column is missing, it adds one without images.
     """
     if (Path(place) / "dataset_dict.json").is_file():
         data = datasets.load_from_disk(place)[split]

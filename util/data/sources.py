@@ -1,4 +1,4 @@
-"""Where the pictures of a data set lie: any of them, by its number, without the others."""
+"""Where the images of a data set lie: any of them, by its number, without the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from util.data.decode import Content
 
 
 class Source(Protocol):
-    """Pictures by number. `read` may fail with any error; the caller adds `name`."""
+    """Images by number. `read` may fail with any error; the caller adds `name`."""
 
     def __len__(self) -> int: ...
 
@@ -51,11 +51,11 @@ class Strings(Sequence):
 
 
 class Files:
-    """Pictures that are files.
+    """Images that are files.
 
     Args:
         paths: of the files.
-        loader: path -> array (H, W, C); None decodes usual picture files.
+        loader: path -> array (H, W, C); None decodes usual image files.
     """
 
     def __init__(self, paths: Iterable[str], loader: Callable[[str], np.ndarray] | None = None):
@@ -75,7 +75,7 @@ class Files:
 
 
 class Chosen:
-    """Some of the pictures of another source."""
+    """Some of the images of another source."""
 
     def __init__(self, source: Source, indices: Sequence[int]):
         self.source, self.indices = source, indices
@@ -93,7 +93,7 @@ class Chosen:
 
 
 class Arrays:
-    """Pictures in memory: an array (N, H, W) or (N, H, W, C), or anything that gives an array for an index."""
+    """Images in memory: an array (N, H, W) or (N, H, W, C), or anything that gives an array for an index."""
 
     def __init__(self, arrays: Sequence, title: str):
         self.arrays, self.title = arrays, title

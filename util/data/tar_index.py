@@ -24,10 +24,10 @@ _LONGEST_LABEL = 1 << 24  # bytes of a .cls or .json file
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the pictures of one shard lie.
+    """Where the images of one shard lie.
 
     Attributes:
-        starts, sizes: of the pictures' bytes in the shard.
+        starts, sizes: of the images' bytes in the shard.
         labels: their classes, -1 where the shard has none.
         names: of the members.
     """
@@ -79,10 +79,10 @@ def _is_outdated(shard: Path) -> bool:
 
 
 def scan(shard: Path) -> ShardIndex:
-    """Find the pictures of `shard` and their classes (key.cls, or a whole number as "label" in key.json).
+    """Find the images of `shard` and their classes (key.cls, or a whole number as "label" in key.json).
 
     A key is a member's path up to the first dot of its last part, as WebDataset has it. ValueError if the shard is
-    damaged or does not have one picture for each key with pictures.
+    damaged or does not have one image for each key with images.
     """
     pictures: dict[str, list[tarfile.TarInfo]] = {}
     labels: dict[str, int] = {}

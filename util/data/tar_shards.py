@@ -26,7 +26,7 @@ _SPLITS = {
 
 
 class TarShards:
-    """The pictures of several shards, one after the other."""
+    """The images of several shards, one after the other."""
 
     def __init__(self, shards: list[Path]):
         indices = [open_index(shard) for shard in shards]

@@ -32,7 +32,7 @@ class Preempted(SystemExit):
         super().__init__(PREEMPTED)
 
 
-class Interrupted(BaseException):  # not for those who catch Exception while a picture is read
+class Interrupted(BaseException):  # not for those who catch Exception while an image is read
     """A signal came while this process was waiting for data."""
 
 

@@ -46,7 +46,7 @@ class Exits:
             self.leave(epoch, step, averages())
         if gone:
             self.fail(lost, epoch, step, averages())
-        if spoiled:  # no step is made of the blank pictures that stand for the bad ones
+        if spoiled:  # no step is made of the blank images that stand for the bad ones
             if step:
                 self.save_now(epoch, step, averages())
             self._bad.collect(self.context.device)

@@ -35,19 +35,19 @@ class RunLog:
         self._events = Events(log_dir, start_step)
 
     def say(self, text: str) -> None:
-        """Return a line on the terminal."""
+        """Write a line to the terminal."""
         if world.is_main():
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
     def say_once(self, text: str) -> None:
-        """Return a line on the terminal, unless one that begins like it was there before."""
+        """Write a line to the terminal, unless one that begins like it was there before."""
         if text.split(":")[0] not in self._said:
             self._said.add(text.split(":")[0])
             self.say(text)
 
     def progress(self, description: str, done: int, total: int, values: dict[str, float]) -> None:
-        """Return state of an epoch: a bar on a terminal, else a line."""
+        """Show the state of an epoch: a bar on a terminal, else a line."""
         if not world.is_main():
             return
         text = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
@@ -64,23 +64,23 @@ class RunLog:
             self._bar = None
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Return values for TensorBoard."""
+        """Write values to TensorBoard."""
         if self._events is not None:
             for name, value in values.items():
                 self._events.add("scalar", name, value, step)
 
     def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
-        """Return a histogram of `values` for TensorBoard."""
+        """Write a histogram of `values` to TensorBoard."""
         if self._events is not None:
             self._events.add("histogram", name, values, step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """Return a picture for TensorBoard."""
+        """Write a figure to TensorBoard."""
         if self._events is not None:
             self._events.add("figure", name, figure, step)
 
     def epoch(self, values: dict[str, Any]) -> None:
-        """Return one line of `log.txt`."""
+        """Write one line of `log.txt`."""
         if self._lines is not None:
             self._lines.add(json.dumps(values))
             self._events.flush()

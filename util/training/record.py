@@ -79,7 +79,7 @@ class Events:
         self._do(lambda writer: None)
 
     def add(self, kind: str, name: str, value: Any, step: int) -> None:
-        """Return a `scalar`, `histogram` or `figure` at a step."""
+        """Add a `scalar`, `histogram` or `figure` at a step."""
         self._do(lambda writer: getattr(writer, f"add_{kind}")(name, value, step))
 
     def flush(self) -> None:

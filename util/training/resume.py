@@ -1,4 +1,4 @@
-"""What a run may continue from: a checkpoint of the same architecture, effective batch and pictures."""
+"""What a run may continue from: a checkpoint of the same architecture, effective batch and images."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class Saver:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Return `target` has the content of `source`, whole or not at all; without copying where the file system can."""
+    """Give `target` the content of `source`, whole or not at all; without copying where the file system can."""
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:

@@ -21,7 +21,7 @@ class DataWait:
         self._start = time.perf_counter()
 
     def timed(self, batches: Iterator) -> Iterator:
-        """Return `batches`, each waited for under the clock."""
+        """Yield `batches`, each waited for under the clock."""
         while True:
             start = self._now()
             batch = next(batches, None)
