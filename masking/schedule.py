@@ -51,6 +51,9 @@ class ScheduledRatio:
         first, _ = self._at(self.mask_ratio), self._at(self.end)  # ValueError now, not after days
         self.needs = base.needs(first) | ({"draw"} if shape == "drawn" else {"progress"})
         self.reads_tokens = base.reads_tokens(first)
+        for name in ("warmup_ratio", "refresh_epochs"):  # what a method reads of a strategy
+            if hasattr(first, name):
+                setattr(self, name, getattr(first, name))
 
     def __call__(self, tokens: torch.Tensor, noise: torch.Tensor | None = None, **needed) -> Mask:
         """Mask tokens (N, L, D) with the ratio of this step."""

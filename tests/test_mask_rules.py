@@ -152,6 +152,7 @@ def test_a_schedule_masks_as_the_strategy_it_wraps():
     tokens, noise = torch.randn(4, 64, 16), torch.rand(4, 64)
     wrapped = masking.create("schedule", mask_ratio=0.4, end=0.8, of="sbam_amr", delta_r=0.1, cell=2)
     assert masking.base.needs(wrapped) == {"grid", "progress"}
+    assert masking.create("schedule", of="am", refresh_epochs=7, end=0.8).refresh_epochs == 7
     alone = masking.create("sbam_amr", mask_ratio=0.6, delta_r=0.1, cell=2)
     assert torch.equal(masked(wrapped, tokens, noise, progress=0.5).mask, masked(alone, tokens, noise).mask)
 
