@@ -2,12 +2,14 @@
 
 from methods.base import At, Inputs, Loss, Method, Plan, available, create, from_settings, register
 from methods.bootmae import BootMAE
+from methods.cmae import CMAE
 from methods.hpm import HPM
 from methods.mae import MAE
 from methods.simmim import SimMIM
 from methods.teacher import follow, teacher_of
 
 __all__ = [
+    "CMAE",
     "HPM",
     "MAE",
     "At",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
@@ -12,7 +10,7 @@ from masking.base import Strategy, check_number
 from methods.base import At, Inputs, Loss, Method, Plan, register
 from methods.teacher import follow, teacher_of
 from models_bootmae import BootMAEViT
-from util import precision
+from util import lr_sched, precision
 
 
 @register("bootmae")
@@ -101,14 +99,8 @@ class BootMAE(Method):
 
     def schedule(self, at: At, lr: float, weight_decay: float) -> tuple[float, float]:
         """Return learning rate and weight decay: the warm-up's last step has the peak; then a cosine to `min_lr`."""
-        if not at.step:
-            return 0.0, weight_decay
-        steps = at.step / at.epoch  # in an epoch
-        warmup = round(self.warmup_epochs * steps)
-        if at.step < warmup:
-            return self.peak_lr * at.step / max(warmup - 1, 1), weight_decay
-        done = (at.step - warmup) / max(round(at.epochs * steps) - warmup, 1)
-        return self.min_lr + (self.peak_lr - self.min_lr) * (1 + math.cos(math.pi * done)) / 2, weight_decay
+        rates = {"lr": self.peak_lr, "min_lr": self.min_lr, "warmup_epochs": self.warmup_epochs}
+        return lr_sched.stepwise(at.step, at.epoch, at.epochs, **rates), weight_decay
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Return the optimizer's groups: 1-D tensors, biases and the class token are not decayed."""

@@ -1,4 +1,4 @@
-"""One optimizer step of every strategy and three methods on 12 images, with or without torchrun.
+"""One optimizer step of every strategy and four methods on 12 images, with or without torchrun.
 
 Run by test_distributed.py. Usage: step_worker.py ACCUM_ITER[,ACCUM_ITER...] OUTPUT
 """
@@ -11,7 +11,7 @@ import torch
 from helpers import MODEL_STRATEGIES, tiny_mae, varied_images
 
 import masking
-from methods import MAE, At, Inputs, Loss, Plan
+from methods import CMAE, MAE, At, Inputs, Loss, Plan
 from util.distributed import world
 from util.training.averages import Averages
 from util.training.step import GradientStep, train_step
@@ -24,6 +24,7 @@ def main(accum_iters: str, output: str) -> None:
         for name in METHODS
         for strategy in MODEL_STRATEGIES
         for accum_iter in accum_iters.split(",")
+        if name != "cmae" or accum_iter == "1"  # its negatives are the images of a step
     }
     if world.is_main():
         torch.save(results, output)
@@ -57,7 +58,7 @@ class PartlyDecoded(MAE):
         return super().choose(inputs._replace(decode_noise=1 - inputs.noise), at)
 
 
-METHODS = {"mae": MAE, "two terms": TwoTerms, "partly decoded": PartlyDecoded}
+METHODS = {"mae": MAE, "two terms": TwoTerms, "partly decoded": PartlyDecoded, "cmae": CMAE}
 
 
 def one_step(name: str, strategy: str, accum_iter: int, device: torch.device) -> dict:
@@ -67,12 +68,12 @@ def one_step(name: str, strategy: str, accum_iter: int, device: torch.device) ->
     images, noise = varied_images(13)[1:], torch.rand(12, 64)
     mine = slice(world.rank(), None, world.world_size())
     shares = zip(images[mine].tensor_split(accum_iter), noise[mine].tensor_split(accum_iter), strict=True)
-    batches = [Inputs([part], drawn) for part, drawn in shares]
+    batches = [Inputs([part, part.flip(3)], drawn) for part, drawn in shares]  # the second view is of CMAE
 
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.0)
     update, averages = Keep(forward, optimizer, torch.amp.GradScaler("cpu", enabled=False)), Averages(device)
     outcome = train_step(method, batches, At(0, 0.0, 1), update, averages, "none")
-    whole = Inputs([images], noise)
+    whole = Inputs([images, images.flip(3)], noise)
     plan = method.choose(whole, At(0, 0.0, 1))
     losses = method(whole, plan, At(0, 0.0, 1))
     return {

@@ -46,6 +46,15 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(steps, method, strategy,
         assert len(set(expected["kept"])) > 2
 
 
+@pytest.mark.parametrize("strategy", MODEL_STRATEGIES)
+def test_batch_normalisation_and_negatives_are_those_of_all_processes(steps, strategy):
+    expected, found = steps["cmae", strategy, 1, 1], steps["cmae", strategy, 2, 1]
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-5, atol=1e-6)
+    assert found["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("method", ["mae", "two terms", "partly decoded"])
 def test_one_step_is_eq_2_over_the_global_batch(steps, method):
     """Sum over the removed tokens / their number: not a mean of the micro-batches' or processes' means."""

@@ -127,6 +127,24 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     return tensor
 
 
+def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Gather rows (N, D) of all processes, without gradient; their numbers may differ.
+
+    Returns:
+        All rows, process by process, and the place of this process's first one among them.
+    """
+    if not td.is_initialized():
+        return rows.detach(), 0
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    counts[rank()] = len(rows)
+    counts = all_reduce(counts).tolist()
+    padded = rows.new_zeros(max(counts), rows.shape[1])
+    padded[: len(rows)] = rows.detach()
+    found = [torch.empty_like(padded) for _ in counts]
+    td.all_gather(found, padded)
+    return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)]), sum(counts[: rank()])
+
+
 def average_buffers(model: nn.Module) -> None:
     """Give all processes the mean of their running statistics, so that they evaluate and save the same model."""
     for buffer in model.buffers():
