@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Measure: `scripts/benchmark.py {train,masks,growth,save,data} [flags]`; `--help` after the word lists its flags.
+"""Measure: `scripts/benchmark.py WORD [flags]`; `--help` after the word lists its flags. The words:
 
     train   the training step of every strategy, against fixed counts, padding, Hugging Face and a plain MAE
+    methods a step of every method, against MAE's with the same encoder
     masks   what choosing a mask costs, as a share of a step
     growth  a step's time over batch, image size and mask ratio
     save    what a checkpoint costs the training that goes on
@@ -24,17 +25,21 @@ def main(argv: list[str]) -> int:
     if word in ("-h", "--help"):
         print(__doc__)
         return 0
-    from benchmarks import data, masks, saving, training
+    from benchmarks import data, masks, methods, saving, training
 
     commands = {
         "train": training.main,
+        "methods": methods.main,
         "masks": masks.main,
         "growth": training.growth,
         "save": saving.main,
         "data": data.main,
     }
     if word not in commands:
-        print(f"benchmark.py: error: {word or 'nothing'}: say train, masks, growth, save or data", file=sys.stderr)
+        print(
+            f"benchmark.py: error: {word or 'nothing'}: say train, methods, masks, growth, save or data",
+            file=sys.stderr,
+        )
         return 2
     commands[word](argv[1:])
     return 0

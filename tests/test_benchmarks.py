@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from helpers import ROOT, environment, tiny_mae, varied_images
 from torch.utils.flop_counter import FlopCounterMode
 
 import masking
-from benchmarks import report, saving, timing
+from benchmarks import methods, report, saving, timing
 from benchmarks.contenders import PaddedMAE, SpreadCounts
 from benchmarks.measure import peak_memory, training_flops
 from util.training import checkpoint
@@ -70,6 +71,14 @@ def test_the_cost_of_saving_is_that_of_a_whole_checkpoint(tmp_path):
     assert float(row["checkpoint, GB"]) == pytest.approx(3 * 4 * parameters / 1e9, abs=0.01)  # with Adam's two moments
 
 
+def test_every_method_is_timed(tmp_path):
+    methods.main(["--model", "mini", "--batch_size", "2", "--rounds", "1", "--json", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    found = {row["step"].split(",")[0]: float(row["GFLOP/image"]) for row in rows if row["step"].endswith("random")}
+    assert found.keys() == methods.MODELS.keys()
+    assert found["mae"] < min(found["hpm"], found["cmae"], found["bootmae"])  # they have a teacher, or more decoders
+
+
 def test_tables_are_markdown():
     rows = [{"step": "random", "ms": "1.5"}, {"step": "sbam"}]
     lines = report.table(rows).splitlines()
@@ -80,4 +89,4 @@ def test_an_unknown_benchmark_is_one_sentence():
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "speed"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert result.returncode == 2
-    assert "say train, masks, growth, save or data" in result.stderr
+    assert "say train, methods, masks, growth, save or data" in result.stderr

@@ -1,0 +1,117 @@
+"""`scripts/benchmark.py methods`: what a step of each method costs, against MAE's with the same encoder."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import masking
+import methods
+import models_mae
+from benchmarks import report
+from benchmarks.contenders import SpreadCounts
+from benchmarks.measure import matmul_peak, optimizer_tensors, peak_memory
+from benchmarks.timing import Spread, interleave, ratio, short
+from benchmarks.training import CLOCKS, add_device_flags
+from methods import At, Inputs
+from util import optim, precision
+from util.training.averages import Averages
+from util.training.step import GradientStep, train_step
+
+MODELS = {"mae": "mae", "hpm": "mae", "cmae": "mae", "simmim": "simmim", "bootmae": "bootmae"}
+REFERENCE = "mae, random"
+
+
+class MethodStep:
+    """The training step of a method, on images that are on the device already; strategies share one model.
+
+    Args:
+        name: of the method.
+        size: base or mini, of its model.
+        images: (N, 3, H, W).
+        amp: bf16, fp16 or none.
+    """
+
+    def __init__(self, name: str, size: str, images: torch.Tensor, amp: str):
+        torch.manual_seed(0)
+        suffix = {"base": "vit_base_patch16", "mini": "vit_mini_patch4"}[size]
+        options = {} if MODELS[name] == "simmim" else {"norm_pix_loss": True}
+        model = models_mae.create_model(f"{MODELS[name]}_{suffix}", **options).to(images.device)
+        given = {"feature_depth": 1} if name == "cmae" and size == "mini" else {}
+        self.method = methods.create(name, model=model, strategy=masking.create("random"), **given).to(images.device)
+        self.method.amp = self.amp = amp
+        self.images, self.averages = images, Averages(images.device)
+        optimizer = optim.pretrain_adamw(self.method.parameter_groups(0.05), images.device, self.method.betas)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-6
+        self.update = GradientStep(self.method, optimizer, precision.grad_scaler(amp, images.device))
+
+    def with_strategy(self, strategy: masking.base.Strategy) -> Callable[[], None]:
+        """Return the step with `strategy`."""
+
+        def step() -> None:
+            object.__setattr__(self.method, "strategy", strategy)
+            inputs = Inputs([self.images, self.images])
+            train_step(self.method, [inputs], At(0, 0.0, 1), self.update, self.averages, self.amp)
+
+        return step
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return what stays in memory between steps."""
+        return optimizer_tensors(self.method, self.update.optimizer)
+
+
+def main(argv: list[str]) -> None:
+    """Time a step of every method with random masking, SBAM, and numbers of patches that differ, interleaved."""
+    parser = argparse.ArgumentParser(prog="scripts/benchmark.py methods", description=main.__doc__)
+    add_device_flags(parser)
+    parser.add_argument("--model", choices=("base", "mini"), default="base")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--methods", nargs="+", choices=sorted(MODELS), default=list(MODELS))
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    amp = precision.resolve_amp(arguments.amp, device)
+    side = 224 if arguments.model == "base" else 16
+    images = torch.randn(arguments.batch_size, 3, side, side, device=device)
+    contenders = {
+        name: MethodStep(name, arguments.model, images, amp) for name in {"mae": 0} | dict.fromkeys(arguments.methods)
+    }
+    strategies = {"random": masking.create("random"), "sbam": masking.create("sbam"), "spread": SpreadCounts()}
+    calls = {f"{n}, {s}": step.with_strategy(strategies[s]) for n, step in contenders.items() for s in strategies}
+    clock = CLOCKS[arguments.clock]
+    peak = matmul_peak(device, precision.AMP_DTYPES[amp] or torch.float32, clock)
+    seconds = interleave(calls, arguments.rounds, warmup=1, clock=clock)
+    rows = [row(label, call, seconds, contenders[label.split(",")[0]], peak) for label, call in calls.items()]
+    content = {
+        "environment": report.environment(),
+        "batch_size": arguments.batch_size,
+        "rows": rows,
+        "seconds": seconds,
+    }
+    print(f"{report.table([content['environment']])}\n\n{report.table(rows)}", flush=True)
+    print(
+        f"large matrix product: {peak / 1e12:.4g} TFLOP/s; time: times the step of {REFERENCE}; own: of its own random"
+    )
+    if arguments.json:
+        report.write_json(arguments.json, content)
+
+
+def row(label: str, call: Callable[[], None], seconds: dict, step: MethodStep, peak: float) -> dict[str, str]:
+    """Describe one contender. Operations are counted in one step, without those of packed attention on a CPU."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()
+    number, time = len(step.images), Spread.of(seconds[label])
+    return {
+        "step": label,
+        "images/s": short(number / time.median),
+        "ms": Spread.of([1000 * value for value in seconds[label]]).format(),
+        "time": ratio(seconds, label, REFERENCE).format(),
+        "own": ratio(seconds, label, f"{label.split(',')[0]}, random").format(),
+        "GFLOP/image": short(counter.get_total_flops() / number / 1e9),
+        "of peak": f"{counter.get_total_flops() / time.median / peak:.1%}",
+        "memory GB": short(peak_memory(call, step.tensors()) / 1e9),
+    }
