@@ -1,4 +1,4 @@
-"""One optimizer step of every strategy and four methods on 12 images, with or without torchrun.
+"""One optimizer step of every strategy and several methods on 12 images, with or without torchrun.
 
 Run by test_distributed.py. Usage: step_worker.py ACCUM_ITER[,ACCUM_ITER...] OUTPUT
 """
@@ -11,7 +11,9 @@ import torch
 from helpers import MODEL_STRATEGIES, tiny_mae, varied_images
 
 import masking
-from methods import CMAE, MAE, At, Inputs, Loss, Plan
+from methods import CMAE, HPM, MAE, At, BootMAE, Inputs, Loss, Plan, SimMIM
+from models_bootmae import BootMAEViT
+from models_simmim import SimMIMViT
 from util.distributed import world
 from util.training.averages import Averages
 from util.training.step import GradientStep, train_step
@@ -58,12 +60,20 @@ class PartlyDecoded(MAE):
         return super().choose(inputs._replace(decode_noise=1 - inputs.noise), at)
 
 
-METHODS = {"mae": MAE, "two terms": TwoTerms, "partly decoded": PartlyDecoded, "cmae": CMAE}
+METHODS = {"mae": MAE, "two terms": TwoTerms, "partly decoded": PartlyDecoded, "hpm": HPM, "cmae": CMAE}
+METHODS |= {"simmim": SimMIM, "bootmae": BootMAE}
+
+
+def tiny_model(name: str) -> torch.nn.Module:
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 4}
+    if name == "simmim":
+        return SimMIMViT(**sizes, drop_path_rate=0.0)
+    return BootMAEViT(**sizes, decode_dim=36) if name == "bootmae" else tiny_mae(norm_pix_loss=True)
 
 
 def one_step(name: str, strategy: str, accum_iter: int, device: torch.device) -> dict:
     torch.manual_seed(0)
-    method = METHODS[name](tiny_mae(norm_pix_loss=True), masking.create(strategy))
+    method = METHODS[name](tiny_model(name), masking.create(strategy))
     forward = world.wrap(method, device, accumulates=accum_iter > 1)
     images, noise = varied_images(13)[1:], torch.rand(12, 64)
     mine = slice(world.rank(), None, world.world_size())
