@@ -35,6 +35,10 @@ class MaskedModel(nn.Module):
         """Keep only each block's input for the backward pass and compute the rest again: less memory, more time."""
         self.grad_checkpointing = enable
 
+    def compile_blocks(self, **options) -> None:
+        """Compile the transformer blocks; `options` go to `torch.compile`."""
+        raise NotImplementedError
+
     @property
     def num_patches(self) -> int:
         """Return L, the number of patches of an image."""

@@ -180,7 +180,9 @@ class Method(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile what is worth it: the blocks and the loss; flip, conversion and normalisation in one pass."""
-        self.model.compile_blocks()
+        for module in self.modules():  # a teacher's model, too
+            if isinstance(module, MaskedModel):
+                module.compile_blocks()
         self.normalize.compile(dynamic=True)
 
     def inputs(self, micro_batch: MicroBatch, seed: int, device: torch.device) -> Inputs:

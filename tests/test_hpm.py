@@ -122,6 +122,14 @@ def test_the_teacher_follows_and_a_skipped_step_leaves_it_alone():
     assert not any(name.startswith("model.decoder_blocks") for name in after)
 
 
+def test_the_teacher_is_compiled_too():
+    method = HPM(tiny_mae(), masking.create("hpm"))
+    method.set_normalize(torch.nn.Identity())
+    before = method.teacher["model"]._dense_block
+    method.compile_parts()
+    assert method.teacher["model"]._dense_block is not before
+
+
 def test_the_momentum_is_that_of_the_paper():
     method = HPM(tiny_mae(), masking.create("hpm"))
     found = [method.momentum_at(At(0, epoch, 800)) for epoch in (0, 0.9, 1, 50, 100, 700)]

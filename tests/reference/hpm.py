@@ -26,7 +26,9 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     teacher_loss = method.predict(images)
     results = {"ema_loss_pred": teacher_loss}
     masks = {}
-    for epoch in given["epochs"].tolist():
+    drawn = {int(name.split("/")[1].removeprefix("epoch_")) for name in given if name.startswith("random/epoch_")}
+    epochs = given["epochs"].tolist() if "epochs" in given else sorted(drawn)
+    for epoch in epochs:
         at = At(0, float(epoch), config["total_epochs"])
         noise = ranked_noise(
             {key.split("/")[-1]: v for key, v in given.items() if f"epoch_{epoch}/" in key}, teacher_loss
@@ -34,11 +36,12 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         masks[epoch] = method.choose(Inputs([images], noise), at)
         results[f"mask/epoch_{epoch}"] = masks[epoch].mask.mask
     removed = int(masks[epoch].mask.mask[0].sum())
-    counts = [method.strategy.hard_count(removed, e, config["total_epochs"]) for e in given["epochs"].tolist()]
+    counts = [method.strategy.hard_count(removed, e, config["total_epochs"]) for e in epochs]
     results["hard_counts"] = torch.tensor(counts)
     trained = int(config["train_mask"].split("_")[-1])
     results |= one_step(method, images, masks[trained], given)
-    results |= updated_teacher(given)
+    if "ema_updated/decay" in given:
+        results |= updated_teacher(given)
     return {name: value.detach().numpy() for name, value in results.items()}
 
 
@@ -102,10 +105,10 @@ def one_step(method: HPM, images: torch.Tensor, plan, given: dict[str, torch.Ten
         "loss_pred": take(predicted, first),
     }
     masked = first[:, mask.num_keep[0] :]
-    true = given["ties/patch_loss"]
-    all_tied = torch.ones_like(true, dtype=torch.bool)
-    total, pairs = relative_loss(true, take(predicted, masked), all_tied)
-    results["ties/relative_loss"] = total / pairs
+    if "ties/patch_loss" in given:
+        true = given["ties/patch_loss"]
+        total, pairs = relative_loss(true, take(predicted, masked), torch.ones_like(true, dtype=torch.bool))
+        results["ties/relative_loss"] = total / pairs
     for prefix, norm_pix_loss in (("raw_pix", False), ("norm_pix", True)):
         model.norm_pix_loss = norm_pix_loss
         method.zero_grad()
