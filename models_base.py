@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 
 import masking
@@ -106,3 +107,12 @@ class MaskedModel(nn.Module):
             tokens = self.embed(images) if reads else self._blank_tokens(len(images))
             sizes = {"grid": self.patch_embed.grid_size, "patch_size": self.patch_embed.patch_size}
             return masking.call(strategy, tokens, noise, **sizes, **offered)
+
+
+def check_sizes(img_size: int | tuple[int, int], patch_size: int | tuple[int, int], in_chans: int) -> None:
+    """Raise ValueError unless the image is a whole number of patches, and has channels."""
+    for side, length, step in zip(("height", "width"), to_2tuple(img_size), to_2tuple(patch_size), strict=True):
+        if step < 1 or length < step or length % step:
+            raise ValueError(f"input_size: the {side} of {length} pixels is not a whole number of patches of {step}")
+    if in_chans < 1:
+        raise ValueError(f"in_chans is {in_chans}; an image has at least one channel")

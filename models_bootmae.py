@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from masking import Mask, RandomMasking
-from models_base import MaskedModel
+from models_base import MaskedModel, check_sizes
 from models_mae import layer_norm, register_model
 from util.packing import PackedLayout, packed_attention, packed_cross_attention
 from util.pos_embed import sincos_2d
@@ -127,7 +127,7 @@ class BootMAEViT(MaskedModel):
         masking: Callable[..., Mask] | None = None,
     ):
         super().__init__()
-        check_sizes(img_size, patch_size)
+        check_sizes(img_size, patch_size, in_chans)
         self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
         self.set_masking(masking if masking is not None else RandomMasking())
         self._block = _block
@@ -278,13 +278,6 @@ def _block(block: nn.Module, x: torch.Tensor, layout: PackedLayout | None) -> to
 def row_first(table: torch.Tensor) -> torch.Tensor:
     """Swap the halves of MAE's position table: here the first one encodes the row."""
     return torch.cat(table.chunk(2, dim=-1)[::-1], dim=-1)
-
-
-def check_sizes(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
-    """Raise ValueError unless the image is a whole number of patches."""
-    for length, step in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
-        if step < 1 or length < step or length % step:
-            raise ValueError(f"input_size: {length} pixels are not a whole number of patches of {step}")
 
 
 @register_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from masking import Mask, RandomMasking
-from models_base import MaskedModel
+from models_base import MaskedModel, check_sizes
 from util.packing import PackedAttention, PackedLayout
 from util.pixel_loss import masked_mean_squared_error, squared_errors
 from util.pos_embed import sincos_2d
@@ -59,7 +60,9 @@ class MaskedAutoencoderViT(MaskedModel):
         masking: Callable[..., Mask] | None = None,
     ):
         super().__init__()
-        _check_sizes(img_size, patch_size, in_chans, norm_pix_loss)
+        check_sizes(img_size, patch_size, in_chans)
+        if norm_pix_loss and math.prod(to_2tuple(patch_size)) * in_chans == 1:
+            raise ValueError("norm_pix_loss needs patches of at least two values; a single one has no deviation")
         _check_heads(embed_dim, num_heads, decoder_embed_dim, decoder_num_heads)
         self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
         self.set_masking(masking if masking is not None else RandomMasking())
@@ -274,17 +277,6 @@ def init_linear(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
-
-
-def _check_sizes(img_size, patch_size, in_chans: int, norm_pix_loss: bool) -> None:
-    image, patch = to_2tuple(img_size), to_2tuple(patch_size)
-    for side, length, step in zip(("height", "width"), image, patch, strict=True):
-        if step < 1 or length < step or length % step:
-            raise ValueError(f"input_size: the {side} of {length} pixels is not a whole number of patches of {step}")
-    if in_chans < 1:
-        raise ValueError(f"in_chans is {in_chans}; an image has at least one channel")
-    if norm_pix_loss and patch[0] * patch[1] * in_chans == 1:
-        raise ValueError("norm_pix_loss needs patches of at least two values; a single one has no deviation")
 
 
 def _check_heads(embed_dim: int, num_heads: int, decoder_embed_dim: int, decoder_num_heads: int) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from masking import Mask, RandomMasking
-from models_base import MaskedModel
+from models_base import MaskedModel, check_sizes
 from models_mae import layer_norm, register_model
 from util.precision import full_fp32
 
@@ -50,7 +50,7 @@ class SimMIMViT(MaskedModel, Beit):
     ):
         if norm_pix_loss:
             raise ValueError("norm_pix_loss: SimMIM predicts the pixels themselves; leave it out")
-        check_sizes(img_size, patch_size)
+        check_sizes(img_size, patch_size, in_chans)
         Beit.__init__(
             self,
             img_size=to_2tuple(img_size),
@@ -179,13 +179,6 @@ def _resize(table: torch.Tensor, grid: tuple[int, int], old_grid: tuple[int, int
 
 def _block(block: nn.Module, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return block(x, shared_rel_pos_bias=bias)
-
-
-def check_sizes(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
-    """Raise ValueError unless the image is a whole number of patches."""
-    for length, step in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
-        if step < 1 or length < step or length % step:
-            raise ValueError(f"input_size: {length} pixels are not a whole number of patches of {step}")
 
 
 @register_model

@@ -8,6 +8,7 @@ from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from models_base import check_sizes
 from models_bootmae import BootMAEClassifier
 from models_simmim import SimMIMClassifier
 from util.config import SupervisedSettings
@@ -60,9 +61,7 @@ def create_model(
     check_known("model", name, available_models())
     default_patch, embed_dim, depth, num_heads, default_size = _ARCHITECTURES[name]
     image, patch = to_2tuple(img_size or default_size), to_2tuple(patch_size or default_patch)
-    for length, step in zip(image, patch, strict=True):
-        if step < 1 or length < step or length % step:
-            raise ValueError(f"input_size: {length} pixels are not a whole number of patches of {step}")
+    check_sizes(image, patch, in_chans)
     options = {
         "img_size": image,
         "patch_size": patch,

@@ -72,6 +72,13 @@ def check_number(name: str, value: float, *, minimum: float = 0.0, exclusive: bo
     return float(value)
 
 
+def check_share(name: str, value: float) -> float:
+    """Return `value` if it is a number from 0 to 1, both included; ValueError otherwise."""
+    if check_number(name, value) > 1:
+        raise ValueError(f"{name} is {value!r}; it must be a number from 0 to 1")
+    return float(value)
+
+
 def draw_noise(tokens: torch.Tensor, noise: torch.Tensor | None, count: int | None = None) -> torch.Tensor:
     """Return the strategy's uniform draw: `noise` if given, else U[0, 1), fp32, on the tokens' device.
 

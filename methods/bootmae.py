@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 
-from masking.base import Strategy, check_number
+from masking.base import Strategy, check_number, check_share
 from methods.base import At, Inputs, Loss, Method, Plan, register
 from methods.teacher import follow, teacher_of
 from models_bootmae import BootMAEViT
@@ -41,13 +41,11 @@ class BootMAE(Method):
         last_momentum: float = 0.99999,
     ):
         super().__init__(model, strategy)
-        for name, value in (("momentum", momentum), ("last_momentum", last_momentum)):
-            if not 0 <= check_number(name, value) <= 1:
-                raise ValueError(f"{name} is {value!r}; it must be a number from 0 to 1")
+        self.momentum = check_share("momentum", momentum)
+        self.last_momentum = check_share("last_momentum", last_momentum)
         if not isinstance(weigh_surrounded, bool):
             raise ValueError(f"weigh_surrounded is {weigh_surrounded!r}; it must be true or false")
         self.weight, self.weigh_surrounded = check_number("weight", weight), weigh_surrounded
-        self.momentum, self.last_momentum = momentum, last_momentum
         self.teacher = teacher_of(model)
         for name in [n for n, _ in self.teacher.named_children() if n not in ("patch_embed", "blocks", "norm")]:
             delattr(self.teacher, name)  # the teacher is the encoder

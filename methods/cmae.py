@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.transforms import v2
 
 from masking import Mask
-from masking.base import Strategy, check_number
+from masking.base import Strategy, check_number, check_share
 from methods.base import At, Inputs, Loss, Method, Plan, register
 from methods.heads import ProjectionHead
 from methods.teacher import follow, teacher_of
@@ -115,9 +115,8 @@ class CMAE(Method):
         shift: int = 32,
     ):
         super().__init__(model, strategy)
-        for name, value in (("momentum", momentum), ("final_momentum", final_momentum)):
-            if not 0 <= check_number(name, value) <= 1:
-                raise ValueError(f"{name} is {value!r}; it must be a number from 0 to 1")
+        self.momentum = check_share("momentum", momentum)
+        self.final_momentum = check_share("final_momentum", final_momentum)
         for name, value in (("feature_depth", feature_depth), ("hidden_dim", hidden_dim), ("proj_dim", proj_dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
@@ -126,7 +125,6 @@ class CMAE(Method):
         self.pixel_weight = check_number("pixel_weight", pixel_weight)
         self.contrast_weight = check_number("contrast_weight", contrast_weight)
         self.temperature = check_number("temperature", temperature, exclusive=True)
-        self.momentum, self.final_momentum = momentum, final_momentum
         self.shift = int(check_number("shift", shift))
         self.feature_decoder = FeatureDecoder(model, feature_depth)
         self.projector = ProjectionHead(model.cls_token.shape[-1], hidden_dim, proj_dim)

@@ -66,11 +66,9 @@ class HPM(MAE):
         if objective not in ("relative", "absolute"):
             raise ValueError(f"objective is {objective!r}; choose relative or absolute")
         self.objective = objective
-        for name, value in (("momentum", momentum), ("final_momentum", final_momentum)):
-            if not 0 <= masking.base.check_number(name, value) <= 1:
-                raise ValueError(f"{name} is {value!r}; it must be a number from 0 to 1")
+        self.momentum = masking.base.check_share("momentum", momentum)
+        self.final_momentum = masking.base.check_share("final_momentum", final_momentum)
         self.weight = masking.base.check_number("weight", weight)
-        self.momentum, self.final_momentum = momentum, final_momentum
         self.momentum_epochs = masking.base.check_number("momentum_epochs", momentum_epochs)
         self.predictor = LossPredictor(model)
         self.teacher = teacher_of(nn.ModuleDict({"model": model, "predictor": self.predictor}))
