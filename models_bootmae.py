@@ -130,7 +130,7 @@ class BootMAEViT(MaskedModel):
         check_sizes(img_size, patch_size, in_chans)
         self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
         self.set_masking(masking if masking is not None else RandomMasking())
-        self._block = _block
+        self._block, self._decoder_block = _block, _decoder_block
         self.patch_embed = PatchEmbed(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim)
         grid = self.patch_embed.grid_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -179,8 +179,9 @@ class BootMAEViT(MaskedModel):
             nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02)
 
     def compile_blocks(self, **options) -> None:
-        """Compile the encoder's blocks; `options` go to `torch.compile`."""
+        """Compile the transformer blocks; `options` go to `torch.compile`."""
         self._block = torch.compile(_block, dynamic=True, fullgraph=True, **options)
+        self._decoder_block = torch.compile(_decoder_block, dynamic=True, fullgraph=True, **options)
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Embed (N, C, H, W) -> tokens (N, L, D): patches and positions, in fp32 because masks are made of them."""
@@ -235,7 +236,7 @@ class BootMAEViT(MaskedModel):
 
     def _decode(self, blocks: nn.ModuleList, x: torch.Tensor, memory: torch.Tensor, mask: Mask) -> torch.Tensor:
         for block in blocks:
-            x = self._call(block, x, memory, mask.kept.layout)
+            x = self._call(self._decoder_block, block, x, memory, mask.kept.layout)
         return x
 
     def predict_pixels(self, tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
@@ -273,6 +274,12 @@ class BootMAEClassifier(beit.Beit):
 
 def _block(block: nn.Module, x: torch.Tensor, layout: PackedLayout | None) -> torch.Tensor:
     return block(x, shared_rel_pos_bias=layout)
+
+
+def _decoder_block(
+    block: nn.Module, x: torch.Tensor, memory: torch.Tensor, layout: PackedLayout | None
+) -> torch.Tensor:
+    return block(x, memory, layout)
 
 
 def row_first(table: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,6 @@ A packed batch is (T, D) with T the sum of the lengths; linear layers, norms and
 from __future__ import annotations
 
 import functools
-import itertools
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -66,7 +65,7 @@ def packed_attention(qkv: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
 
 
 def packed_cross_attention(query: torch.Tensor, key_value: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-    """Attention of as many queries in each image to a memory whose length differs from image to image.
+    """Attend from as many queries in each image to a memory whose length differs from image to image.
 
     Args:
         query: (N, Q, H, d).
@@ -82,17 +81,13 @@ def packed_cross_attention(query: torch.Tensor, key_value: torch.Tensor, layout:
         key, value = key_value.unbind(1)
         found = varlen_attn(query.flatten(0, 1), key, value, offsets, layout.offsets, number, layout.max_length)
         return found.view_as(query)
-    lengths = layout.lengths.tolist()
-    memories = key_value.split(lengths)
-    images = sorted(range(num_images), key=lengths.__getitem__)  # those of equal length share a call
-    outputs = []
-    for _, same in itertools.groupby(images, key=lengths.__getitem__):
-        same = list(same)
-        key, value = torch.stack([memories[image] for image in same]).permute(2, 0, 3, 1, 4)  # (n, H, length, d) each
-        attended = F.scaled_dot_product_attention(query[same].transpose(1, 2), key, value)
-        outputs.append(attended.transpose(1, 2))
-    inverse = torch.argsort(torch.tensor(images)).to(query.device)
-    return torch.cat(outputs)[inverse]
+    # Elsewhere memories are padded: attention to them is a small part of a decoder's work.
+    places = torch.arange(layout.max_length, device=query.device)
+    exists = places < layout.offsets.diff()[:, None]  # (N, M)
+    rows = (layout.offsets[:-1, None] + places).clamp_max(len(key_value) - 1)
+    key, value = key_value[rows].permute(2, 0, 3, 1, 4)  # (N, H, M, d) each
+    attended = F.scaled_dot_product_attention(query.transpose(1, 2), key, value, attn_mask=exists[:, None, None])
+    return attended.transpose(1, 2)
 
 
 @functools.lru_cache(maxsize=2)  # every block of a forward and a backward pass asks for the same
