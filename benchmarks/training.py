@@ -36,6 +36,7 @@ def main(argv: list[str]) -> None:
     for name in arguments.models:
         for compiled in (False, True) if arguments.compile else (False,):
             title = f"{name}, {'compiled' if compiled else 'eager'}"
+            torch.compiler.reset()  # the shapes of all models together would pass the limit of graphs
             content["models"][title] = compare(title, arguments, device, amp, compiled, content["matmul_peak_tflops"])
             gc.collect()
             if device.type == "cuda":

@@ -5,13 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import MODEL_STRATEGIES, tiny_mae, varied_images
+from step_worker import METHODS, tiny_model
 from test_packing import LENGTHS, each_alone
 
 import masking
 import models_mae
-from methods import HPM, MAE, At, Inputs
+from methods import CMAE, HPM, MAE, At, BootMAE, Inputs, SimMIM
+from models_bootmae import bootmae_vit_base_patch16
+from models_simmim import simmim_vit_base_patch16
 from util import optim, precision
-from util.packing import PackedLayout, packed_attention
+from util.data import transforms
+from util.packing import PackedLayout, packed_attention, packed_cross_attention
 from util.training.averages import Averages
 from util.training.step import GradientStep, train_step
 
@@ -95,6 +99,48 @@ def test_bf16_packed_training_is_close_to_each_image_alone_in_fp32(compiled):
     assert relative(everything[1], everything[0]) < 3e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_cross_attention_is_each_image_alone(dtype):
+    torch.manual_seed(0)
+    lengths, number = (50, 1, 3, 197), 65
+    exact = [torch.randn(4, number, 2, 64, device=GPU), torch.randn(sum(lengths), 2, 2, 64, device=GPU)]
+    query, memory = (tensor.to(dtype).requires_grad_() for tensor in exact)
+    found = packed_cross_attention(query, memory, PackedLayout.from_lengths(lengths, GPU))
+    for i, alone in enumerate(exact[1].split(lengths)):
+        key, value = alone.transpose(0, 2).unbind(1)  # (H, length, d) each
+        expected = torch.nn.functional.scaled_dot_product_attention(exact[0][i].transpose(0, 1), key, value)
+        assert relative(found[i], expected.transpose(0, 1)) < 1e-2
+    found.sum().backward()
+    assert query.grad.isfinite().all()
+    assert memory.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_the_losses_and_gradients_that_it_has_on_the_cpu(name, compiled):
+    torch.set_float32_matmul_precision("highest")
+    torch._dynamo.reset()
+    images, noise, found = varied_images(8), torch.rand(8, 64), []
+    for device in (torch.device("cpu"), GPU):
+        torch.manual_seed(0)
+        method = METHODS[name](tiny_model(name), masking.create("sbam_amr")).to(device)
+        if compiled and device is GPU:
+            method.set_normalize(transforms.Normalize(0.0, 1.0))
+            method.compile_parts()
+        inputs = Inputs([images.to(device), images.flip(3).to(device)], noise.to(device))
+        plan = method.choose(inputs, At(0, 0.0, 1))
+        losses = method.forward(inputs, plan, At(0, 0.0, 1))
+        sum(loss.sum / loss.count for loss in losses.values()).backward()
+        found.append((plan, losses, {n: p.grad for n, p in method.named_parameters() if p.grad is not None}))
+    (plan, losses, gradients), (gpu_plan, gpu_losses, gpu_gradients) = found
+    assert torch.equal(gpu_plan.mask.mask.cpu(), plan.mask.mask)
+    for term, loss in losses.items():
+        assert relative(gpu_losses[term].sum.cpu(), loss.sum) < 1e-4
+    assert gpu_gradients.keys() == gradients.keys()
+    both = [torch.cat([g[n].cpu().flatten() for n in gradients]) for g in (gpu_gradients, gradients)]
+    assert relative(*both) < 1e-3
+
+
 def _gradients(model) -> dict[str, torch.Tensor]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
@@ -111,16 +157,21 @@ def _gradients(model) -> dict[str, torch.Tensor]:
         ("sbam_amr", 1, 1, MAE),
         ("sbam_amr", 1, 0.5, MAE),
         ("block", 1, 1, MAE),
+        ("sbam", 0, 1, SimMIM),
+        ("sbam", 0, 1, BootMAE),
+        ("sbam_amr", 1, 1, BootMAE),
+        ("sbam", 0, 1, CMAE),
     ],
 )
 def test_a_training_step_never_makes_the_host_wait(name, waits, share, kind):
     """Under AMR once a micro-batch: the number of packed tokens is a shape. Blocks are drawn on the host."""
-    model, images = base_model(name, depth=2, decoder_depth=1), photographs(8).to(GPU)
-    method = kind(model, masking.create(name)).to(GPU)
+    constructors = {SimMIM: simmim_vit_base_patch16, BootMAE: bootmae_vit_base_patch16}
+    model = constructors[kind](depth=2) if kind in constructors else base_model(name, depth=2, decoder_depth=2)
+    method, images = kind(model, masking.create(name)).to(GPU), photographs(8).to(GPU)
     method.decode_ratio, method.amp = share, "bf16"
     optimizer = optim.pretrain_adamw(method.parameter_groups(0.05), GPU)
     update = GradientStep(method, optimizer, precision.grad_scaler("bf16", GPU))
-    averages, halves = Averages(GPU), [Inputs([images], torch.rand(8, 196, device=GPU)) for _ in range(2)]
+    averages, halves = Averages(GPU), [Inputs([images] * 2, torch.rand(8, 196, device=GPU)) for _ in range(2)]
 
     def step() -> None:
         train_step(method, halves, At(0, 0.0, 1), update, averages, "bf16")
