@@ -74,6 +74,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--methods", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     amp = precision.resolve_amp(arguments.amp, device)
     side = 224 if arguments.model == "base" else 16
     images = torch.randn(arguments.batch_size, 3, side, side, device=device)

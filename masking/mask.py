@@ -175,7 +175,7 @@ def remove_highest(scores: torch.Tensor, num_removed: int | torch.Tensor) -> tor
     """
     num_images, num_tokens = scores.shape
     if not isinstance(num_removed, torch.Tensor):
-        num_removed = torch.full((num_images,), num_removed)
+        num_removed = torch.full((num_images,), num_removed, device=scores.device)
     if num_removed.shape != (num_images,):
         raise ValueError(f"num_removed has shape {tuple(num_removed.shape)}; one count for each of {num_images} images")
     return ranks(scores) >= num_tokens - num_removed.to(scores.device)[:, None]
