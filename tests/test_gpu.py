@@ -143,7 +143,8 @@ def test_every_method_has_the_losses_and_gradients_that_it_has_on_the_cpu(name, 
         assert relative(gpu_losses[term].sum.cpu(), loss.sum) < 1e-4
     assert gpu_gradients.keys() == gradients.keys()
     both = [torch.cat([g[n].cpu().flatten() for n in gradients]) for g in (gpu_gradients, gradients)]
-    assert relative(*both) < 1e-3
+    # The gradient of SimMIM's absolute error jumps where a pixel is met.
+    assert relative(*both) < (1e-2 if name == "simmim" else 1e-3)
 
 
 def _gradients(model) -> dict[str, torch.Tensor]:
