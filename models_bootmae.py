@@ -16,7 +16,6 @@ from models_base import MaskedModel, check_sizes
 from models_mae import layer_norm, register_model
 from util.packing import PackedLayout, packed_attention, packed_cross_attention
 from util.pos_embed import sincos_2d
-from util.precision import full_fp32
 
 
 class SplitBiasAttention(beit.Attention):
@@ -185,8 +184,7 @@ class BootMAEViT(MaskedModel):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Embed (N, C, H, W) -> tokens (N, L, D): patches and positions, in fp32 because masks are made of them."""
-        with full_fp32(images.device.type):
-            return self.patch_embed(images.float()) + self.pos_embed[:, 1:]
+        return self.embed_patches(images) + self.pos_embed[:, 1:]
 
     def encode(self, tokens: torch.Tensor, mask: Mask | None) -> torch.Tensor:
         """Encode all tokens (N, L, D), or the kept ones, after the final norm; shapes as from `encode_features`."""

@@ -18,7 +18,6 @@ from models_base import MaskedModel, check_sizes
 from util.packing import PackedAttention, PackedLayout
 from util.pixel_loss import masked_mean_squared_error, squared_errors
 from util.pos_embed import sincos_2d
-from util.precision import full_fp32
 from util.suggest import check_known
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -106,8 +105,7 @@ class MaskedAutoencoderViT(MaskedModel):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Embed (N, C, H, W) -> tokens (N, L, D): patches and positions, in fp32 because masks are made of them."""
-        with full_fp32(images.device.type):
-            return self.patch_embed(images.float()) + self.pos_embed[:, 1:]
+        return self.embed_patches(images) + self.pos_embed[:, 1:]
 
     def encode(self, tokens: torch.Tensor, mask: Mask | None) -> torch.Tensor:
         """Run the class token and the kept tokens through the encoder.
@@ -162,8 +160,7 @@ class MaskedAutoencoderViT(MaskedModel):
         """Embed the kept patches -> tokens (T, D), as `embed` has them up to rounding."""
         place = mask.kept.patches
         pixels = self.patchify(images).flatten(0, 1)[place]  # (T, p_h * p_w * C)
-        weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, p_h * p_w * C), ordered alike
-        tokens = F.linear(pixels, weight, self.patch_embed.proj.bias)
+        tokens = F.linear(pixels, self._patch_weight(), self.patch_embed.proj.bias)
         return tokens + self.pos_embed[0, 1:][place % self.num_patches]
 
     def forward_decoder(self, latent: torch.Tensor, mask: Mask) -> torch.Tensor:

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from masking import Mask, RandomMasking
 from models_base import MaskedModel, check_sizes
 from models_mae import layer_norm, register_model
-from util.precision import full_fp32
 
 
 class SimMIMViT(MaskedModel, Beit):
@@ -96,8 +95,7 @@ class SimMIMViT(MaskedModel, Beit):
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Embed (N, C, H, W) -> tokens (N, L, D) in fp32; they hold no position, which is in attention only."""
-        with full_fp32(images.device.type):
-            return self.patch_embed(images.float())
+        return self.embed_patches(images)
 
     def encode(self, tokens: torch.Tensor, mask: Mask | None) -> torch.Tensor:
         """Encode tokens (N, L, D), those that `mask` removes replaced -> (N, L + 1, D), the class token first."""
