@@ -2,6 +2,7 @@
 """Kill pre-training runs at random moments, restart them, and compare their end with that of a run left in peace.
 
 scripts/torture.py --kills 50 --seed 0 --report report.json
+scripts/torture.py --method bootmae --kills 20
 
 Real processes, real signals, the built-in digits. Three strategies, attention maps, methods with a teacher, 0, 1 and 3
 loader workers, one process and two under torchrun. At least a fifth of the SIGKILLs wait until a checkpoint is being
@@ -47,7 +48,11 @@ CASES = [  # (strategy, workers, processes, method)
     ("sbam_amr", 1, 2, TEACHER),
     ("hpm", 1, 1, "hpm"),
     ("amt", 0, 2, "mae"),
+    ("sbam_amr", 0, 1, "simmim"),
+    ("block", 1, 1, "bootmae"),
+    ("sbam_amr", 1, 2, "bootmae"),
 ]
+MODELS = {"simmim": "simmim_vit_mini_patch4", "bootmae": "bootmae_vit_mini_patch4"}
 
 
 @dataclass
@@ -71,6 +76,8 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs, and half as many SIGTERMs, over all cases")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    names = sorted({case[3] for case in CASES})
+    parser.add_argument("--method", choices=names, help="only the cases of this method")
     parser.add_argument("--report", type=cli.path_text, help="JSON file for the tallies")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -84,9 +91,10 @@ def main(argv: list[str]) -> int:
 def campaign(arguments: argparse.Namespace) -> int:
     """Run all cases; return 1 if anything differed."""
     rng, tallies = random.Random(arguments.seed), []
+    cases = [case for case in CASES if arguments.method in (None, case[3])]
     for name, total in (("SIGKILL", arguments.kills), ("SIGTERM", arguments.kills // 2)):
-        shares = [total // len(CASES) + (i < total % len(CASES)) for i in range(len(CASES))]
-        for case, share in zip(CASES, shares, strict=True):
+        shares = [total // len(cases) + (i < total % len(cases)) for i in range(len(cases))]
+        for case, share in zip(cases, shares, strict=True):
             with tempfile.TemporaryDirectory() as folder:
                 tallies.append(torture(case, share, name, rng, Path(folder)))
             print(tallies[-1], flush=True)
@@ -127,7 +135,12 @@ def torture(case: tuple, kills: int, name: str, rng: random.Random, folder: Path
 def launch(case: tuple, output: Path) -> int:
     """Start a run in a process group of its own; return its number."""
     strategy, workers, processes, method = case
-    flags = ["--dataset", "digits", "--in_chans", 1, "--model", "mae_vit_mini_patch4", "--norm_pix_loss", "--epochs", 4]
+    flags = ["--dataset", "digits", "--in_chans", 1, "--epochs", 4]
+    flags += [
+        "--model",
+        MODELS.get(method, "mae_vit_mini_patch4"),
+        *([] if method == "simmim" else ["--norm_pix_loss"]),
+    ]
     flags += ["--method", method, "--masking", strategy, "--masking_args", *MASKING_ARGS.get(strategy, [])]
     flags += ["--mask_ratio", 0.85 if strategy == "amt" else 0.75, "--num_workers", workers]
     flags += ["--effective_batch_size", 64, "--lr", 1e-3]

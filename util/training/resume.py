@@ -79,16 +79,23 @@ def steps_into_epoch(content: dict, steps_per_epoch: int) -> int:
     return max(0, content.get("step", 0) - done * content.get("steps_per_epoch", steps_per_epoch))
 
 
-def load_side_state(method: nn.Module, content: dict) -> None:
-    """Restore what a method keeps outside its model: teacher, centres, heads. ValueError: it does not fit."""
+def load_side_state(method: nn.Module, content: dict, name: str) -> None:
+    """Restore what a method keeps outside its model: teacher, centres, heads. ValueError: it does not fit.
+
+    Args:
+        method: a `methods.Method`.
+        content: of the checkpoint.
+        name: the method's, as given.
+    """
     saved = content.get("method") or {}
     if not isinstance(saved, dict) or not all(isinstance(value, torch.Tensor) for value in saved.values()):
         raise ValueError(f"{content['path']}: the state of its method must be a dictionary of tensors")
     difference = checkpoint.describe_difference(method.side_state(), saved)
     if difference:
         raise ValueError(
-            f"{content['path']}: the state of its method is not that of this --method: {difference}; use the method it "
-            "was trained with, or start from its weights with --finetune and another --output_dir"
+            f"{content['path']}: trained with --method {content.get('args', {}).get('method', 'mae')}, whose state is "
+            f"not that of --method {name}: {difference}; use the method it was trained with, or start from its weights "
+            "with --finetune and another --output_dir"
         )
     method.load_side_state(saved)
 

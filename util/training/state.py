@@ -51,7 +51,7 @@ class TrainingState:
                 raise ValueError(f"{source}: {bad} is not finite; start from another checkpoint")
             if content is None:
                 return
-            resume.load_side_state(method, content)
+            resume.load_side_state(method, content, getattr(context.settings, "method", "mae"))
             freezes = {
                 id(p) for name, p in method.named_parameters() if any(part in name for part in method.may_freeze)
             }
