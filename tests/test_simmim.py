@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import transformers
 from faults import injected
 from helpers import golden, golden_json, log_lines, refusal, varied_images, write_pictures
 from reference import simmim
@@ -236,3 +237,21 @@ def test_a_checkpoint_of_another_method_is_refused(pictures, trained, tmp_path, 
     assert "another architecture than --model" in said or "method" in said
     assert content(tmp_path / "mae")["args"]["method"] == "mae"
     assert stopped
+
+
+def test_predictions_and_loss_are_those_of_hugging_face():
+    config = transformers.ViTConfig(
+        image_size=16, patch_size=4, encoder_stride=4, hidden_size=24, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    theirs = transformers.ViTForMaskedImageModeling(config).eval()
+    ours = SimMIMViT(img_size=16, patch_size=4, embed_dim=24, depth=1, num_heads=2)
+    ours.decoder[0].load_state_dict(theirs.decoder[0].state_dict())
+    images, mask = torch.randn(3, 3, 16, 16), masking.create("random", mask_ratio=0.6)(torch.zeros(3, 16, 24))
+    with torch.no_grad():
+        found = theirs(images, bool_masked_pos=mask.mask)
+        hidden = theirs.vit(images, bool_masked_pos=mask.mask).last_hidden_state
+        pred = ours.forward_decoder(hidden)
+        torch.testing.assert_close(ours.unpatchify(pred), found.reconstruction, rtol=1e-5, atol=1e-6)
+        loss = ours.absolute_errors(images, pred, mask).sum() / mask.loss_weight.sum()
+    torch.testing.assert_close(loss, found.loss, rtol=1e-5, atol=1e-6)
