@@ -77,7 +77,9 @@ def test_a_strangers_method_trains_logs_each_term_and_continues_bit_for_bit(stra
 def test_side_state_of_another_method_is_refused(strangers, pictures, tmp_path, capsys):
     pretrain(pictures, tmp_path / "one", *strangers, "--epochs", 1)
     said = refusal(main_pretrain.main, flags(pictures, tmp_path / "one"), capsys)
-    assert "trained with --method my_method:Distilled, whose state is not that of --method mae: teacher.cls_token" in said
+    assert (
+        "trained with --method my_method:Distilled, whose state is not that of --method mae: teacher.cls_token" in said
+    )
     whole = content(tmp_path / "one")
     del whole["method"]["teacher.norm.bias"]
     checkpoint.save(tmp_path / "part.pth", whole)
