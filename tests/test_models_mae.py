@@ -358,3 +358,12 @@ def test_initial_weights_have_the_published_distribution():
     assert abs(model.mask_token.std() - 0.02) < 0.01
     assert not model.pos_embed.requires_grad
     assert not model.decoder_pos_embed.requires_grad
+
+
+def test_the_patch_embedding_as_a_matrix_product():
+    """What a GPU computes in place of the convolution, here for patches that are not square."""
+    torch.manual_seed(0)
+    model = tiny_mae(img_size=(32, 16), patch_size=(8, 4))
+    images = torch.randn(3, 3, 32, 16)
+    product = torch.nn.functional.linear(model.patchify(images), model._patch_weight(), model.patch_embed.proj.bias)
+    torch.testing.assert_close(product, model.patch_embed(images), rtol=1e-5, atol=1e-5)
