@@ -49,7 +49,8 @@ class MaskedModel(nn.Module):
 
     def patchify(self, images: torch.Tensor) -> torch.Tensor:
         """Cut (N, C, H, W) -> (N, L, p_h * p_w * C); within a patch row, column, channel, the channel fastest."""
-        (rows, columns), (height, width) = self.patch_embed.grid_size, self.patch_embed.patch_size
+        height, width = self.patch_embed.patch_size
+        rows, columns = images.shape[2] // height, images.shape[3] // width
         x = images.reshape(images.shape[0], self.in_chans, rows, height, columns, width)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], rows * columns, height * width * self.in_chans)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -96,6 +97,36 @@ def knn_accuracy(
     classifier = KNeighborsClassifier(min(neighbours, len(train[0])), metric="cosine", weights="distance")
     classifier.fit(train[0].numpy(), train[1].numpy())
     return 100 * classifier.score(val[0].numpy(), val[1].numpy())
+
+
+@torch.no_grad()
+def voting_accuracies(
+    train: tuple[torch.Tensor, torch.Tensor],
+    val: tuple[torch.Tensor, torch.Tensor],
+    neighbours: Sequence[int] = (10, 20),
+    temperature: float = 0.07,
+    top: int = 1,
+) -> list[float]:
+    """Return the percentage of `val` that its nearest neighbours in `train` vote for, as DINO and iBOT measure it.
+
+    A neighbour's vote is exp(cosine / temperature). Where a number of neighbours exceeds `train`, all of it votes.
+
+    Args:
+        train, val: features (n, D) and classes (n,).
+        neighbours: numbers of neighbours; one accuracy for each.
+        temperature: above 0.
+        top: right is what is among the `top` classes with the most votes.
+    """
+    classes, known = int(torch.maximum(train[1].max(), val[1].max())) + 1, F.normalize(train[0].float(), dim=-1)
+    right = [0] * len(neighbours)
+    for features, targets in zip(val[0].split(1000), val[1].split(1000), strict=True):
+        cosine, index = (F.normalize(features.float(), dim=-1) @ known.T).topk(min(max(neighbours), len(known)))
+        votes, voted = (cosine / temperature).exp(), train[1][index]
+        for place, number in enumerate(neighbours):
+            total = votes.new_zeros(len(features), classes).scatter_add_(1, voted[:, :number], votes[:, :number])
+            best = total.argsort(dim=1, descending=True, stable=True)[:, :top]
+            right[place] += int((best == targets[:, None]).any(dim=1).sum())
+    return [100 * number / len(val[0]) for number in right]
 
 
 def rank_me(features: torch.Tensor, epsilon: float = 1e-7) -> float:

@@ -12,6 +12,7 @@ import torch
 
 from masking.base import check_number, check_ratio, check_rounding, draw_noise, keep_count, register
 from masking.mask import Mask, mask_from_scores, ranks
+from masking.replaced import Ratios, Replaced
 
 # Proposals in a row that may fail before a mask that must reach its count is completed patch by patch.
 _PATIENCE = 1000
@@ -19,7 +20,7 @@ _PATIENCE = 1000
 
 def draw_blocks(
     grid: tuple[int, int],
-    target: int,
+    target: float,
     generator: random.Random,
     *,
     min_patches: float = 16,
@@ -35,7 +36,7 @@ def draw_blocks(
 
     Args:
         grid: rows and columns.
-        target: patches to cover.
+        target: patches to cover, also a fraction.
         generator: its `uniform` and `randint` are called, in this order.
         min_patches, max_patches: range of a rectangle's area.
         aspect: smallest height over width.
@@ -146,9 +147,30 @@ class BlockMasking:
             return mask_from_scores(scores, num_keep)
         return mask_from_scores(scores, torch.from_numpy(num_tokens - covered.sum(axis=(1, 2)).clip(min=1)))
 
+    def at_ratios(
+        self, tokens: torch.Tensor, ratios: Ratios, noise: torch.Tensor | None = None, *, grid: tuple[int, int], **_
+    ) -> Replaced:
+        """Replace tokens (N, L, D) at the ratio of each image, by iBOT's rule, see `blocks_at_ratio`."""
+        seeds = _seeds(draw_noise(tokens, noise))
+        drawn = [blocks_at_ratio(grid, r, random.Random(s)) for r, s in zip(ratios.rows, seeds, strict=True)]
+        mask = np.stack(drawn).reshape(len(drawn), -1)
+        return Replaced(torch.from_numpy(mask).to(tokens.device, non_blocking=True), int(mask.sum()))
+
     def _draw(self, grid: tuple[int, int], target: int, seed: int) -> np.ndarray:
         options = {"max_patches": self.max_patches, "aspect": self.aspect, "attempts": self.attempts}
         return draw_blocks(grid, target, random.Random(seed), min_patches=self.min_patches, **options)
+
+
+def blocks_at_ratio(grid: tuple[int, int], ratio: float, generator: random.Random) -> np.ndarray:
+    """Cover a share of a grid with rectangles as iBOT does: ten attempts each, so that most masks fall short of it.
+
+    A rectangle has at least (shorter side / 3, rounded down)^2 patches. `generator` draws as for `draw_blocks`.
+
+    Returns:
+        (rows, columns) bool, True = covered.
+    """
+    smallest = (min(grid) // 3) ** 2
+    return draw_blocks(grid, ratio * grid[0] * grid[1], generator, min_patches=smallest, attempts=10)
 
 
 def _seeds(noise: torch.Tensor) -> list[int]:

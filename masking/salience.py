@@ -10,6 +10,7 @@ import torch
 from masking.base import check_number, check_ratio, check_rounding, draw_noise, keep_count, register
 from masking.cells import Cells, check_cell
 from masking.mask import Mask
+from masking.replaced import Ratios, Replaced, highest
 from util.precision import full_fp32
 from util.ratios import exact_ratio
 
@@ -170,6 +171,15 @@ class SBAMAdaptive(SBAM):
     def num_keep(self, num_salient: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """Return the kept tokens (N,) from the counts of salient ones (N,)."""
         return self._table(num_tokens, num_tokens, num_salient.device)[num_salient]
+
+    def at_ratios(self, tokens: torch.Tensor, ratios: Ratios, noise: torch.Tensor | None = None, **needed) -> Replaced:
+        """Replace tokens (N, L, D) where a method draws the base ratio r of each image: Eq. 7 around it; 0 stays 0."""
+        mask, num_tokens = self(tokens, noise=noise, **needed), tokens.shape[1]
+        base = torch.tensor(ratios.rows, dtype=torch.float64).to(tokens.device, non_blocking=True)
+        share = (mask.stats["salient_share"].double() * num_tokens).round() / num_tokens  # fp32 is off by a hair
+        own = (base + float(self.delta_r) * (2 * share - 1)).clamp(0, 1)
+        counts = torch.where(base > 0, (num_tokens * own + 1e-9).floor(), 0).long()
+        return highest(mask.ids_restore, counts, mask.stats)
 
     def _kept_cells(self, num_salient: torch.Tensor, num_tokens: int, num_cells: int) -> torch.Tensor:
         if self.share_of == "cells" or num_cells == num_tokens:

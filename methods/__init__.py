@@ -4,6 +4,7 @@ from methods.base import At, Inputs, Loss, Method, Plan, available, create, from
 from methods.bootmae import BootMAE
 from methods.cmae import CMAE
 from methods.hpm import HPM
+from methods.ibot import IBOT
 from methods.mae import MAE
 from methods.simmim import SimMIM
 from methods.teacher import follow, teacher_of
@@ -11,6 +12,7 @@ from methods.teacher import follow, teacher_of
 __all__ = [
     "CMAE",
     "HPM",
+    "IBOT",
     "MAE",
     "At",
     "BootMAE",

@@ -47,6 +47,7 @@ class Inputs(NamedTuple):
         boxes: (N, 7) crop and flip of the first view, see `masking.NEEDS`.
         draw: one number in [0, 1) for all images of the step.
         decode_noise: (N, L) in [0, 1) that draws which removed tokens are predicted, where only a part is.
+        ratios: drawn mask ratios, of methods that replace tokens.
         targets: (N,) classes or (N, classes) probabilities, of labelled images only.
     """
 
@@ -56,6 +57,7 @@ class Inputs(NamedTuple):
     boxes: torch.Tensor | None = None
     draw: float = 0.5
     decode_noise: torch.Tensor | None = None
+    ratios: masking.Ratios | None = None
     targets: torch.Tensor | None = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 
 
@@ -49,3 +50,17 @@ def resize_pos_embed(
     return resample_abs_pos_embed(
         pos_embed, new_size=list(new_grid), old_size=list(old_grid) if old_grid else None, antialias=False
     )
+
+
+def resize_for_views(pos_embed: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Resize a learned table (1, 1 + rows * columns, D) for a view of another size, as DINO and iBOT do.
+
+    Patch i of n lies at (i + 0.5) * g / (n + 0.1) - 0.5 of the table's g: not quite `resize_pos_embed`. The gradient
+    reaches the table.
+    """
+    if tuple(grid) == tuple(new_grid):
+        return pos_embed
+    image = pos_embed[:, 1:].unflatten(1, grid).permute(0, 3, 1, 2).float()  # (1, D, rows, columns)
+    factors = [(new + 0.1) / old for new, old in zip(new_grid, grid, strict=True)]
+    image = F.interpolate(image, scale_factor=factors, mode="bicubic", recompute_scale_factor=False)
+    return torch.cat([pos_embed[:, :1], image.flatten(2).transpose(1, 2)], dim=1)

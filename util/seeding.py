@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 # Streams: the same numbers in another role must not give the same random state.
-ORDER, SAMPLE, STEP, MODEL, NOISE, DECODE, DRAW = range(7)
+ORDER, SAMPLE, STEP, MODEL, NOISE, DECODE, DRAW, SECOND_NOISE, RATIO, GATE = range(10)
 
 
 def derive(seed: int, *keys: int) -> int:
