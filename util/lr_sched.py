@@ -50,7 +50,7 @@ def stepwise(
         start: share of the peak in the first step.
     """
     if not step:
-        return start * lr
+        return start * lr if warmup_epochs else lr
     steps = step / epoch  # in an epoch
     warmup = round(warmup_epochs * steps)
     if step < warmup:
