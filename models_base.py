@@ -134,8 +134,9 @@ def keep_blocks(model: nn.Module, number: int | None) -> None:
     """
     if number is None or number == len(model.blocks):
         return
-    if not 0 < number < len(model.blocks):
-        raise ValueError(f"--probe_blocks {number}: the model has {len(model.blocks)} blocks; choose 1 to that many")
+    depth = len(model.blocks)
+    if not 0 < number < depth:
+        raise ValueError(f"--probe_blocks {number}: the model has {depth} blocks; choose 1 to {depth}")
     model.blocks = model.blocks[:number]
     if isinstance(model.norm, nn.LayerNorm):
         model.norm.reset_parameters()

@@ -193,7 +193,8 @@ def settings_of(content: dict, state: dict, path: str | Path, changes: dict) -> 
     args["patch_size"], args["in_chans"] = patch, projection.shape[1]
     grid = _grid(content, state, path, changes.get("input_size"))
     args["input_size"] = [side * step for side, step in zip(grid, patch, strict=True)]
-    args.setdefault("model", guess_model(state, path) if "model" not in changes else changes["model"])
+    if "model" not in args | changes:
+        args["model"] = guess_model(state, path)
     settings = PretrainSettings(**(args | changes))
     try:
         settings.check()
