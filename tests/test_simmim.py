@@ -172,6 +172,23 @@ def test_a_run_continues_bit_for_bit(pictures, tmp_path, strategy):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_stochastic_depth_compiles_without_a_graph_for_each_rate():
+    """Twelve blocks have twelve rates; after eight graphs of a function torch gives up."""
+    images, noise, losses = varied_images(3), torch.rand(3, 64), []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        torch.manual_seed(0)
+        model = tiny(depth=12, drop_path_rate=0.5).train()
+        if compiled:
+            model.compile_blocks(backend="aot_eager")
+        torch.manual_seed(1)
+        losses.append(model(images, noise)[0])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+    assert losses[0] != model.eval()(images, noise)[0]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
 @pytest.fixture(scope="module")
 def trained(pictures, tmp_path_factory):
     output = tmp_path_factory.mktemp("simmim")
