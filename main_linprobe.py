@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     def build(num_classes: int, with_head: bool = True) -> VisionTransformer:
         model = models_vit.build_model(settings, num_classes)
         if with_head:
-            models_vit.add_probe_head(model)
+            models_vit.add_probe_head(model, settings.probe_blocks)
         return model
 
     with cli.exit_on_user_error():
@@ -41,7 +41,7 @@ def train(context: Context, inputs: Inputs, build: Callable[..., VisionTransform
     if inputs.weights is not None:
         encoder = {name: tensor for name, tensor in inputs.weights.items() if not name.startswith("head.")}
         model.load_state_dict(encoder, strict=False)
-    models_vit.add_probe_head(model)
+    models_vit.add_probe_head(model, settings.probe_blocks)
     context.place(model)
     if settings.eval:
         engine_finetune.evaluate_only(context, inputs, model)

@@ -124,6 +124,25 @@ class MaskedModel(nn.Module):
             return masking.call(strategy, tokens, noise, **sizes, **offered)
 
 
+def keep_blocks(model: nn.Module, number: int | None) -> None:
+    """Cut an encoder or classifier, also timm's, down to its first blocks; `number` None leaves it as it is.
+
+    The final norm was learned for the output of the last block. After fewer blocks it starts anew, with scale 1 and
+    shift 0.
+
+    Raises:
+        ValueError: the model has fewer blocks.
+    """
+    if number is None or number == len(model.blocks):
+        return
+    depth = len(model.blocks)
+    if not 0 < number < depth:
+        raise ValueError(f"--probe_blocks {number}: the model has {depth} blocks; choose 1 to {depth}")
+    model.blocks = model.blocks[:number]
+    if isinstance(model.norm, nn.LayerNorm):
+        model.norm.reset_parameters()
+
+
 def check_sizes(img_size: int | tuple[int, int], patch_size: int | tuple[int, int], in_chans: int) -> None:
     """Raise ValueError unless the image is a whole number of patches, and has channels."""
     for side, length, step in zip(("height", "width"), to_2tuple(img_size), to_2tuple(patch_size), strict=True):

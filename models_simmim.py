@@ -4,13 +4,30 @@ from __future__ import annotations
 
 import torch
 from timm.layers import resize_rel_pos_bias_table, to_2tuple
-from timm.models.beit import Beit
+from timm.models.beit import Beit, Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from masking import Mask, RandomMasking
 from models_base import MaskedModel, check_sizes
 from models_mae import layer_norm, register_model
+
+
+class DrawnDepthBlock(Block):
+    """timm's BEiT block with stochastic depth that is drawn outside of it.
+
+    With its own rate in it, each block would need a compiled graph of its own, and torch gives up after eight.
+    """
+
+    def draw(self, x: torch.Tensor) -> torch.Tensor:
+        """Draw what the two branches are multiplied by, for each image of x (N, L + 1, D): (2, N, 1, 1)."""
+        ones = x.new_ones(len(x), 1, 1)
+        return torch.stack([self.drop_path1(ones), self.drop_path2(ones)])
+
+    def forward(self, x: torch.Tensor, bias: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        """Transform x (N, L + 1, D) with the position bias and what `draw` gave."""
+        x = x + kept[0] * (self.gamma_1 * self.attn(self.norm1(x), shared_rel_pos_bias=bias))
+        return x + kept[1] * (self.gamma_2 * self.mlp(self.norm2(x)))
 
 
 class SimMIMViT(MaskedModel, Beit):
@@ -22,7 +39,7 @@ class SimMIMViT(MaskedModel, Beit):
         img_size, patch_size: pixels, one number or (height, width).
         in_chans: channels of the images.
         embed_dim, depth, num_heads, mlp_ratio: of the encoder.
-        init_values: layer scale at the beginning.
+        init_values: layer scale at the beginning, above 0.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
         norm_pix_loss: must be False: targets are the pixels themselves.
         norm_layer: called with a width.
@@ -67,6 +84,8 @@ class SimMIMViT(MaskedModel, Beit):
             use_abs_pos_emb=False,
             use_shared_rel_pos_bias=True,
         )
+        for block in self.blocks:
+            block.__class__ = DrawnDepthBlock
         self.in_chans = in_chans
         self.set_masking(masking if masking is not None else RandomMasking(0.6))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -104,10 +123,11 @@ class SimMIMViT(MaskedModel, Beit):
         x = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
         bias = self.rel_pos_bias()  # (1, heads, L + 1, L + 1)
         for block in self.blocks:
+            kept = block.draw(x)
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._run_block, block, x, bias, use_reentrant=False)
+                x = checkpoint(self._run_block, block, x, bias, kept, use_reentrant=False)
             else:
-                x = self._run_block(block, x, bias)
+                x = self._run_block(block, x, bias, kept)
         return self.norm(x)
 
     def forward_decoder(self, latent: torch.Tensor, mask: Mask | None = None) -> torch.Tensor:
@@ -175,8 +195,8 @@ def _resize(table: torch.Tensor, grid: tuple[int, int], old_grid: tuple[int, int
     return resize_rel_pos_bias_table(table, grid, shape, **told)
 
 
-def _block(block: nn.Module, x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return block(x, shared_rel_pos_bias=bias)
+def _block(block: nn.Module, x: torch.Tensor, bias: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    return block(x, bias, kept)
 
 
 @register_model

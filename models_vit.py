@@ -8,7 +8,7 @@ from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from models_base import check_sizes
+from models_base import check_sizes, keep_blocks
 from models_bootmae import BootMAEClassifier
 from models_simmim import SimMIMClassifier
 from util.config import SupervisedSettings
@@ -80,8 +80,17 @@ def create_model(
     return VisionTransformer(**options, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 
-def add_probe_head(model: VisionTransformer) -> None:
-    """Freeze `model` and give it the head of linear probing: BatchNorm without scale and shift, then a linear layer."""
+def add_probe_head(model: VisionTransformer, blocks: int | None = None) -> None:
+    """Freeze `model` and give it the head of linear probing: BatchNorm without scale and shift, then a linear layer.
+
+    Args:
+        model: from `create_model`, with its weights.
+        blocks: how many of its blocks stay; all if None.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    keep_blocks(model, blocks)
     for parameter in model.parameters():
         parameter.requires_grad = False
     linear = nn.Linear(model.head.in_features, model.head.out_features)

@@ -19,6 +19,7 @@ from benchmarks.timing import Spread, interleave, ratio, short
 from benchmarks.training import CLOCKS, add_device_flags
 from methods import At, Inputs
 from util import optim, precision
+from util.data import transforms
 from util.training.averages import Averages
 from util.training.step import GradientStep, train_step
 
@@ -34,9 +35,10 @@ class MethodStep:
         size: base or mini, of its model.
         images: (N, 3, H, W).
         amp: bf16, fp16 or none.
+        compiled: whether to compile the method's parts, as `main_pretrain.py --compile` does.
     """
 
-    def __init__(self, name: str, size: str, images: torch.Tensor, amp: str):
+    def __init__(self, name: str, size: str, images: torch.Tensor, amp: str, compiled: bool = False):
         torch.manual_seed(0)
         suffix = {"base": "vit_base_patch16", "mini": "vit_mini_patch4"}[size]
         options = {} if MODELS[name] == "simmim" else {"norm_pix_loss": True}
@@ -44,6 +46,9 @@ class MethodStep:
         given = {"feature_depth": 1} if name == "cmae" and size == "mini" else {}
         self.method = methods.create(name, model=model, strategy=masking.create("random"), **given).to(images.device)
         self.method.amp = self.amp = amp
+        if compiled:
+            self.method.set_normalize(transforms.Normalize(0.0, 1.0))
+            self.method.compile_parts()
         self.images, self.averages = images, Averages(images.device)
         optimizer = optim.pretrain_adamw(self.method.parameter_groups(0.05), images.device, self.method.betas)
         for group in optimizer.param_groups:
@@ -71,6 +76,7 @@ def main(argv: list[str]) -> None:
     add_device_flags(parser)
     parser.add_argument("--model", choices=("base", "mini"), default="base")
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--compile", action="store_true", help="compile each method's step, MAE's of comparison too")
     parser.add_argument("--methods", nargs="+", choices=sorted(MODELS), default=list(MODELS))
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
@@ -80,7 +86,8 @@ def main(argv: list[str]) -> None:
     side = 224 if arguments.model == "base" else 16
     images = torch.randn(arguments.batch_size, 3, side, side, device=device)
     contenders = {
-        name: MethodStep(name, arguments.model, images, amp) for name in {"mae": 0} | dict.fromkeys(arguments.methods)
+        name: MethodStep(name, arguments.model, images, amp, arguments.compile)
+        for name in {"mae": 0} | dict.fromkeys(arguments.methods)
     }
     strategies = {"random": masking.create("random"), "sbam": masking.create("sbam"), "spread": SpreadCounts()}
     calls = {f"{n}, {s}": step.with_strategy(strategies[s]) for n, step in contenders.items() for s in strategies}
@@ -91,6 +98,7 @@ def main(argv: list[str]) -> None:
     content = {
         "environment": report.environment(),
         "batch_size": arguments.batch_size,
+        "compiled": arguments.compile,
         "rows": rows,
         "seconds": seconds,
     }
@@ -103,8 +111,9 @@ def main(argv: list[str]) -> None:
 
 
 def row(label: str, call: Callable[[], None], seconds: dict, step: MethodStep, peak: float) -> dict[str, str]:
-    """Describe one contender. Operations are counted in one step, without those of packed attention on a CPU."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    """Describe one contender. Operations are counted in one eager step, without those of packed attention on a CPU."""
+    eager = torch.compiler.set_stance("force_eager")  # a compiled function would hide its operations
+    with eager, FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         call()
     number, time = len(step.images), Spread.of(seconds[label])
     return {

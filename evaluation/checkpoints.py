@@ -15,6 +15,7 @@ from torch import nn
 import masking
 import models_mae
 from methods import base
+from models_base import keep_blocks
 from util.config import PretrainSettings
 from util.data import transforms
 from util.kinds import check_kinds
@@ -96,6 +97,7 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **chan
     assumed = "" if changes.get("input_size") else assumed_shape(content, state)
     with torch.device("meta"):
         model = base.build_model(settings)
+    keep_blocks(model, probe_blocks(content, path))
     wanted = set(model.state_dict())
     has_decoder = any(name.startswith("decode") for name in state)
     needed = {name for name in wanted if has_decoder or not name.startswith(checkpoint.DECODERS)}
@@ -107,6 +109,7 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **chan
         raise ValueError(f"{path}: not the architecture {settings.model}, name it with --model: {difference}")
     checkpoint.check_finite(path, {name: state[name] for name in needed})
     model = base.build_model(settings)
+    keep_blocks(model, probe_blocks(content, path))
     if "norm.weight" not in state:
         model.norm = nn.Identity()
     model.load_state_dict({name: state[name] for name in needed}, strict=False)
@@ -190,7 +193,8 @@ def settings_of(content: dict, state: dict, path: str | Path, changes: dict) -> 
     args["patch_size"], args["in_chans"] = patch, projection.shape[1]
     grid = _grid(content, state, path, changes.get("input_size"))
     args["input_size"] = [side * step for side, step in zip(grid, patch, strict=True)]
-    args.setdefault("model", guess_model(state, path) if "model" not in changes else changes["model"])
+    if "model" not in args | changes:
+        args["model"] = guess_model(state, path)
     settings = PretrainSettings(**(args | changes))
     try:
         settings.check()
@@ -198,6 +202,13 @@ def settings_of(content: dict, state: dict, path: str | Path, changes: dict) -> 
     except ValueError as error:
         raise ValueError(f"{path}: its settings cannot be used: {error}") from error
     return settings
+
+
+def probe_blocks(content: dict, path: str | Path) -> int | None:
+    """Return how many blocks a probe kept of its architecture; None for all, and for what is no probe."""
+    args = checkpoint.arguments(content)
+    check_kinds(path, args, {"probe_blocks": int})
+    return args.get("probe_blocks")
 
 
 def told_grid(content: dict, state: dict[str, torch.Tensor]) -> tuple[int, int] | None:

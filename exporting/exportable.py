@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
+import models_vit
 from evaluation import checkpoints
 from exporting import tensor_names
 from methods import base
+from models_base import keep_blocks
 from util.config import PretrainSettings
 from util.training import checkpoint
 
@@ -28,6 +31,7 @@ class Exportable:
         classes: names of a classifier's classes; empty for an encoder or autoencoder.
         grid: rows and columns of patches.
         notes: sentences for who converts it: what was assumed, left out, or computes otherwise here.
+        probe_blocks: blocks of a probe that has fewer than its architecture.
     """
 
     state: tensor_names.State
@@ -35,13 +39,41 @@ class Exportable:
     classes: tuple[str, ...]
     grid: tuple[int, int]
     notes: tuple[str, ...] = ()
+    probe_blocks: int | None = None
 
     @property
     def kind(self) -> str:
         """Return autoencoder, classifier or encoder."""
         if any(name.startswith("head.") for name in self.state):
             return "classifier"
-        return "autoencoder" if "decoder_pred.weight" in self.state else "encoder"
+        return "autoencoder" if any(name.startswith("decode") for name in self.state) else "encoder"
+
+    @property
+    def is_beit(self) -> bool:
+        """Return whether it is a BEiT: queries and values have biases, keys have none."""
+        return "blocks.0.attn.q_bias" in self.state
+
+    def model(self) -> nn.Module:
+        """Build the model of these tensors without memory: of pre-training, or a classifier."""
+        return bare_model(self.settings, self.state, self.probe_blocks)
+
+
+def bare_model(settings: PretrainSettings, state: tensor_names.State, probe_blocks: int | None) -> nn.Module:
+    """Build the model that `state` belongs to, without memory: of pre-training, or a classifier."""
+    with torch.device("meta"):
+        if any(name.startswith(("head.", "fc_norm.")) for name in state):
+            model = models_vit.create_model(
+                settings.model.removeprefix("mae_"),
+                num_classes=1,
+                img_size=settings.size("input_size"),
+                patch_size=settings.size("patch_size"),
+                in_chans=settings.in_chans,
+                global_pool="fc_norm.weight" in state,
+            )
+        else:
+            model = base.build_model(settings)
+    keep_blocks(model, probe_blocks)
+    return model
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -63,32 +95,26 @@ def load_tensors(path: Path) -> tensor_names.State:
         raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
 
 
-def check_names(path: Path, settings: PretrainSettings, state: tensor_names.State) -> None:
-    """Raise ValueError unless `state` is a whole autoencoder, encoder or classifier of the architecture."""
-    if not settings.model.startswith("mae_"):
-        raise ValueError(
-            f"{path}: is of {settings.model}, which no other format holds yet; export a model named mae_..."
-        )
-    with torch.device("meta"):
-        wanted = base.build_model(settings).state_dict()
-    if "decoder_pred.weight" not in state:
-        wanted = {name: value for name, value in wanted.items() if not name.startswith(("decoder", "mask_token"))}
-    if "fc_norm.weight" in state:  # a classifier of the mean of the patch tokens has this norm instead
-        wanted = {name: value for name, value in wanted.items() if not name.startswith("norm.")}
-    difference = checkpoint.describe_difference(wanted, checkpoints.encoder_names(state))
+def check_names(path: Path, found: Exportable) -> None:
+    """Raise ValueError unless the tensors are a whole autoencoder, encoder or classifier of the architecture."""
+    wanted = checkpoints.encoder_names(found.model().state_dict())
+    if found.kind == "encoder":
+        wanted = tensor_names.encoder_or_classifier(wanted)
+    difference = checkpoint.describe_difference(wanted, checkpoints.encoder_names(found.state))
     if difference:
-        raise ValueError(f"{path}: not the architecture {settings.model}, name it with --model: {difference}")
+        raise ValueError(f"{path}: not the architecture {found.settings.model}, name it with --model: {difference}")
 
 
-def check_heads(path: Path, settings: PretrainSettings, content: dict[str, Any], state: tensor_names.State) -> None:
+def check_heads(path: Path, found: Exportable, content: dict[str, Any]) -> None:
     """Raise ValueError for a different number of heads: no tensor holds it, and it would compute something else."""
     if "heads" not in content:
         return
-    with torch.device("meta"):
-        model = base.build_model(settings)
+    model = found.model()
     ours = {"heads": model.blocks[0].attn.num_heads}
-    if "decoder_pred.weight" in state:
+    if found.kind == "autoencoder":
         ours["decoder_heads"] = model.decoder_blocks[0].attn.num_heads
     for name, number in ours.items():
         if content.get(name, number) != number:
-            raise ValueError(f"{path}: {content[name]} {name.replace('_', ' ')}, but {settings.model} has {number}")
+            raise ValueError(
+                f"{path}: {content[name]} {name.replace('_', ' ')}, but {found.settings.model} has {number}"
+            )

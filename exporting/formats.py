@@ -6,14 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from evaluation import checkpoints
 from exporting import hugging_face, tensor_names
 from exporting.exportable import Exportable, check_heads, check_names, load_tensors
-from methods import base
 from util.kinds import check_kinds
 from util.training import checkpoint
 
@@ -47,18 +45,20 @@ def read(
         state = checkpoint.model_state(content, path)
         content = {name: content.get(name) for name in _DESCRIPTION}
     settings = checkpoints.settings_of(content, checkpoints.encoder_names(state), path, changes)
-    check_names(path, settings, state)
-    checkpoint.check_finite(path, state)
-    check_heads(path, settings, content, state)
-    with torch.device("meta"):
-        grid = base.build_model(settings).patch_embed.grid_size
     notes = [*content.get("notes", ()), "" if input_size else checkpoints.assumed_shape(content, state)]
     classes = tuple(content.get("classes") or ())
     head = state.get("head.weight", state.get("head.1.weight"))
     if head is not None and len(classes) != len(head):
         classes = tuple(str(i) for i in range(len(head)))
     classes = classes if head is not None else ()
-    return Exportable(state, settings, classes, tuple(grid), tuple(note for note in notes if note))
+    sizes = zip(settings.size("input_size"), settings.size("patch_size"), strict=True)
+    grid = tuple(side // step for side, step in sizes)
+    blocks = checkpoints.probe_blocks(content, path)
+    found = Exportable(state, settings, classes, grid, tuple(note for note in notes if note), blocks)
+    check_names(path, found)
+    checkpoint.check_finite(path, state)
+    check_heads(path, found, content)
+    return found
 
 
 def write(found: Exportable, target: str | None, path: Path) -> None:
@@ -70,6 +70,10 @@ def write(found: Exportable, target: str | None, path: Path) -> None:
     if target == "hf":
         hugging_face.write(found, path)
         return
+    if target == "mae" and found.is_beit:
+        raise ValueError(
+            f"--to mae: {found.settings.model} is a BEiT, whose biases MAE's ViT lacks; use --to timm or --to hf"
+        )
     if path.suffix not in (".pth", ".safetensors") or (target in (None, "mae") and path.suffix != ".pth"):
         wanted = ".pth" if target in (None, "mae") else ".safetensors or .pth"
         raise ValueError(f"--output {path}: the name must end in {wanted}")
@@ -77,6 +81,7 @@ def write(found: Exportable, target: str | None, path: Path) -> None:
         raise ValueError(f"--output {path}: the name must end in .safetensors")
     state = tensor_names.encoder_or_classifier(found.state) if target == "timm" else found.state
     args = {name: getattr(found.settings, name) for name in checkpoints.OF_MODEL}
+    args |= {"probe_blocks": found.probe_blocks} if found.probe_blocks else {}
     described = {"args": args, "grid": list(found.grid), "classes": list(found.classes)}
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":

@@ -1,4 +1,4 @@
-"""Hugging Face's folders: ViTMAE and ViT, from our tensors and to them."""
+"""Hugging Face's folders: ViTMAE and ViT, from our tensors and to them, and BEiT from ours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 import models_mae
@@ -29,16 +28,17 @@ _CONFIG_KINDS = {
 HUGGING_FACE_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 
 
-def hugging_face_config(found: Exportable) -> dict[str, Any]:
-    """Return `config.json` for `ViTMAEForPreTraining` or `ViTForImageClassification`. ValueError: neither fits."""
-    with torch.device("meta"):
-        model = base.build_model(found.settings)
+def shared_config(found: Exportable) -> dict[str, Any]:
+    """Return what `config.json` says of a ViT and a BEiT alike. ValueError: the images or patches are not square."""
+    model = found.model()
     (height, width), (patch, other) = model.patch_embed.img_size, model.patch_embed.patch_size
     if height != width or patch != other:
         raise ValueError(
             f"--to hf: images of {height} x {width} in patches of {patch} x {other}; there both are square"
         )
-    config = {
+    labels = dict(enumerate(found.classes))
+    named = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}} if labels else {}
+    return {
         "hidden_size": model.cls_token.shape[-1],
         "num_hidden_layers": len(model.blocks),
         "num_attention_heads": model.blocks[0].attn.num_heads,
@@ -46,16 +46,24 @@ def hugging_face_config(found: Exportable) -> dict[str, Any]:
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": model.norm.eps,
+        "layer_norm_eps": model.blocks[0].norm1.eps,
         "image_size": height,
         "patch_size": patch,
-        "num_channels": model.in_chans,
-        "qkv_bias": True,
-    }
+        "num_channels": found.settings.in_chans,
+    } | named
+
+
+def vit_config(found: Exportable) -> dict[str, Any]:
+    """Return `config.json` for `ViTMAEForPreTraining` or `ViTForImageClassification`. ValueError: neither fits."""
+    config = shared_config(found) | {"qkv_bias": True}
+    if "fc_norm.weight" in found.state:
+        raise ValueError(
+            "--to hf: ViTForImageClassification classifies the class token, this model the mean of the patch tokens; "
+            "use --to timm, or fine-tune with --cls_token"
+        )
     if found.kind == "classifier":
-        labels = dict(enumerate(found.classes))
-        named = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}}
-        return {"model_type": "vit", "architectures": ["ViTForImageClassification"]} | config | named
+        return {"model_type": "vit", "architectures": ["ViTForImageClassification"]} | config
+    model = found.model()
     return config | {
         "model_type": "vit_mae",
         "architectures": ["ViTMAEForPreTraining" if found.kind == "autoencoder" else "ViTMAEModel"],
@@ -68,14 +76,27 @@ def hugging_face_config(found: Exportable) -> dict[str, Any]:
     }
 
 
+def beit_config(found: Exportable) -> dict[str, Any]:
+    """Return `config.json` for `BeitModel` or `BeitForImageClassification`. ValueError: the images are not square."""
+    architecture = "BeitForImageClassification" if found.kind == "classifier" else "BeitModel"
+    return shared_config(found) | {
+        "model_type": "beit",
+        "architectures": [architecture],
+        "use_absolute_position_embeddings": "pos_embed" in found.state,
+        "use_relative_position_bias": "blocks.0.attn.relative_position_bias_table" in found.state,
+        "use_shared_relative_position_bias": "rel_pos_bias.relative_position_bias_table" in found.state,
+        "layer_scale_init_value": 0.1 if "blocks.0.gamma_1" in found.state else 0.0,  # only whether it is 0 counts
+        "use_mean_pooling": "fc_norm.weight" in found.state,
+    }
+
+
 def write(found: Exportable, folder: Path) -> None:
-    if "fc_norm.weight" in found.state:
-        raise ValueError(
-            "--to hf: ViTForImageClassification classifies the class token, this model the mean of the patch tokens; "
-            "use --to timm, or fine-tune with --cls_token"
-        )
-    config = hugging_face_config(found)
-    state = tensor_names.to_hugging_face(tensor_names.fold_probe_head(found.state))
+    """Write a folder for `from_pretrained`. ValueError: Hugging Face has no such model."""
+    if found.is_beit:
+        config, state = beit_config(found), tensor_names.to_beit(found.state)
+    else:
+        config = vit_config(found)
+        state = tensor_names.to_hugging_face(tensor_names.fold_probe_head(found.state))
     mean, std = base.channel_statistics(found.settings)
     side = config["image_size"]
     processor = {

@@ -1,4 +1,4 @@
-"""Names of the same tensors in this project (those of MAE and timm) and in Hugging Face's ViT and ViTMAE."""
+"""Names of the same tensors in this project (those of MAE and timm) and in Hugging Face's ViT, ViTMAE and BEiT."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 
 import torch
+
+from util.training import checkpoint
 
 State = dict[str, torch.Tensor]
 
@@ -31,6 +33,18 @@ _IN_BLOCK = {
 }
 _BLOCKS = {"blocks": "vit.encoder.layer", "decoder_blocks": "decoder.decoder_layers"}
 _QKV = ("query", "key", "value")
+_TABLE = "relative_position_bias_table"
+_BEIT_OUTSIDE_BLOCKS = {ours: theirs.replace("vit.", "beit.") for ours, theirs in _OUTSIDE_BLOCKS.items()} | {
+    "fc_norm": "beit.pooler.layernorm",
+    f"rel_pos_bias.{_TABLE}": f"beit.encoder.relative_position_bias.{_TABLE}",
+}
+_BEIT_IN_BLOCK = _IN_BLOCK | {
+    "attn.q_bias": "attention.attention.query.bias",
+    "attn.v_bias": "attention.attention.value.bias",
+    f"attn.{_TABLE}": f"attention.attention.relative_position_bias.{_TABLE}",
+    "gamma_1": "lambda_1",
+    "gamma_2": "lambda_2",
+}
 # What transformers 5 writes, or calls its tensors in memory -> the published names.
 _NEWER = (
     (r"^vit\.layers\.", "vit.encoder.layer."),
@@ -65,6 +79,21 @@ def to_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
     return result
 
 
+def to_beit(state: Mapping[str, torch.Tensor]) -> State:
+    """Rename the tensors of a BEiT, or a classifier of that form, to Hugging Face's names; decoders are left out."""
+    result = {}
+    for name, tensor in encoder_or_classifier(state).items():
+        block = re.match(r"blocks\.(\d+)\.(.+)$", name)
+        if block is None:
+            result[_renamed(name, _BEIT_OUTSIDE_BLOCKS)] = tensor.clone()
+        elif block[2] == "attn.qkv.weight":
+            for word, third in zip(_QKV, tensor.chunk(3), strict=True):
+                result[f"beit.encoder.layer.{block[1]}.attention.attention.{word}.weight"] = third.clone()
+        else:
+            result[f"beit.encoder.layer.{block[1]}.{_renamed(block[2], _BEIT_IN_BLOCK)}"] = tensor.clone()
+    return result
+
+
 def from_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
     """Undo `to_hugging_face`, for files of old and new versions of transformers. ValueError: different names.
 
@@ -94,8 +123,8 @@ def from_hugging_face(state: Mapping[str, torch.Tensor]) -> State:
 
 
 def encoder_or_classifier(state: Mapping[str, torch.Tensor]) -> State:
-    """Return what timm's ViT has: without the decoder, and with the two layers of a probe's head made one."""
-    state = {name: value for name, value in state.items() if not name.startswith(("decoder", "mask_token"))}
+    """Return what timm's models have: without decoders, and with the two layers of a probe's head made one."""
+    state = {name: value for name, value in state.items() if not name.startswith(checkpoint.DECODERS)}
     return fold_probe_head(state)
 
 

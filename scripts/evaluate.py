@@ -19,6 +19,7 @@ import torch
 
 from evaluation import checkpoints, measure
 from methods import base
+from models_base import keep_blocks
 from util import cli
 from util.files import write_whole
 from util.training import following
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_on_user_error():
         check_output(given.output)
         opened = open_model(given)
+        keep_blocks(opened.model, given.probe_blocks)
         start = time.perf_counter()
         result = measure.measure(
             opened,
@@ -43,7 +45,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"images are normalised with {following.describe(base.channel_statistics(opened.settings))}")
     for note in filter(None, [opened.assumed, *opened.refused.values()]):
         print(f"note: {note}")
-    result = {"checkpoint": given.checkpoint or given.model} | result | {"seconds": time.perf_counter() - start}
+    measured = {"checkpoint": given.checkpoint or given.model}
+    measured |= {"probe_blocks": given.probe_blocks} if given.probe_blocks else {}
+    result = measured | result | {"seconds": time.perf_counter() - start}
     for name, value in result.items():
         print(f"{name:22} {value:.4f}" if isinstance(value, float) else f"{name:22} {value}")
     if given.output:
@@ -90,6 +94,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--pool", choices=["mean", "cls"], default="mean", help="features: mean of patch tokens, or cls"
     )
+    parser.add_argument("--probe_blocks", type=int, help="features: output of so many blocks; default: all")
     parser.add_argument("--train_images", type=int, help="at most so many, evenly spread; default: all")
     parser.add_argument("--val_images", type=int, help="at most so many, evenly spread; default: all")
     parser.add_argument("--model", help="architecture; without a checkpoint: untrained")

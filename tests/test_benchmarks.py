@@ -79,6 +79,23 @@ def test_every_method_is_timed(tmp_path):
     assert found["mae"] < min(found["hpm"], found["cmae"], found["bootmae"])  # they have a teacher, or more decoders
 
 
+def test_a_compiled_step_is_the_eager_one():
+    """Also the operations, which compiled code hides from whom counts them."""
+    images, losses, rows = torch.randn(2, 3, 16, 16), [], []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        step = methods.MethodStep("mae", "mini", images, "none", compiled)
+        call = step.with_strategy(masking.create("sbam"))
+        torch.manual_seed(1)
+        call()
+        losses.append(step.averages.read()["loss"])
+        rows.append(methods.row("mae, random", call, {"mae, random": [1.0]}, step, 1e9))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert rows[1]["GFLOP/image"] == rows[0]["GFLOP/image"] != "0"
+
+
 def test_tables_are_markdown():
     rows = [{"step": "random", "ms": "1.5"}, {"step": "sbam"}]
     lines = report.table(rows).splitlines()

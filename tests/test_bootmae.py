@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import timm
 import torch
+import transformers
 from faults import injected
 from helpers import golden, golden_json, log_lines, refusal, varied_images, write_pictures
 from reference import bootmae, bootmae_amr
@@ -216,9 +218,22 @@ def test_a_checkpoint_is_measured_and_drawn(trained):
     assert columns[-1].pictures.isfinite().all()
 
 
-def test_an_export_says_that_it_cannot(trained, tmp_path, capsys):
-    arguments = [str(trained), "--to", "timm", "--output", str(tmp_path / "encoder.safetensors")]
-    assert "is of bootmae_vit_mini_patch4, which no other format holds yet" in refusal(export.main, arguments, capsys)
+def test_other_libraries_compute_its_features(trained, tmp_path):
+    file, folder = tmp_path / "encoder.safetensors", tmp_path / "hf"
+    export.main([str(trained), "--to", "timm", "--output", str(file)])
+    export.main([str(trained), "--to", "hf", "--output", str(folder)])
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    form = {"num_classes": 0, "global_pool": "", "init_values": 0}
+    form |= {"use_rel_pos_bias": False, "use_abs_pos_emb": True}
+    images, ours = torch.randn(2, 3, 16, 16), checkpoints.open_checkpoint(trained).model
+    with torch.no_grad():
+        expected = ours.encode(ours.embed(images), None)
+        other = timm.create_model("beit_base_patch16_224", checkpoint_path=str(file), **form, **sizes).eval()
+        torch.testing.assert_close(other.forward_features(images), expected, rtol=1e-5, atol=1e-5)
+        other, report = transformers.BeitModel.from_pretrained(folder, output_loading_info=True)
+        assert not any(report.values()), report
+        found = other.eval()(images).last_hidden_state
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_what_does_not_go_together_is_named(pictures, tmp_path, capsys):

@@ -81,6 +81,7 @@ def test_accumulation_follows_from_the_effective_batch(monkeypatch):
         (main_finetune, "layer_decay: 2", "--layer_decay 2.0: must be above 0"),
         (main_finetune, "remode: black", "--remode black: must be const or rand or pixel"),
         (main_linprobe, "batch_size: 1", "--batch_size 1: must be at least 2"),
+        (main_linprobe, "probe_blocks: 0", "--probe_blocks 0: must be at least 1"),
     ],
 )
 def test_a_mistake_in_the_file(tmp_path, capsys, main, text, message):
@@ -147,6 +148,7 @@ def test_a_mistake_in_pretraining_flags(tmp_path, capsys, flags, message):
         (main_finetune, ["--cutmix_minmax", "0.2"], "give two numbers"),
         (main_linprobe, ["--dataset", "folder", "--data_path", "."], "<class>/<picture>"),
         (main_linprobe, ["--model", "vit_mini"], "did you mean 'vit_mini_patch4'"),
+        (main_linprobe, ["--probe_blocks", "5"], "--probe_blocks 5: the model has 4 blocks; choose 1 to 4"),
     ],
 )
 def test_a_mistake_in_supervised_flags(tmp_path, capsys, main, flags, message):
@@ -398,7 +400,8 @@ PUBLISHED = {  # effective batch, peak learning rate on 8 processes
     "finetune": {"vitb16": (1024, 2e-3), "vitl16": (1024, 4e-3), "vith14": (1024, 4e-3)}
     | {f"vitb16_{method}": (2048, 5e-3) for method in ("simmim", "bootmae")}
     | {"vitl16_bootmae": (1024, 1.5e-3)},
-    "linprobe": {"vitb16": (16384, 6.4), "vitl16": (16384, 6.4), "vith14": (16384, 6.4)},
+    "linprobe": {"vitb16": (16384, 6.4), "vitl16": (16384, 6.4), "vith14": (16384, 6.4)}
+    | {"vitl16_bootmae": (16384, 4.48)},
 }
 
 

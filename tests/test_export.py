@@ -10,9 +10,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from helpers import ROOT
+from helpers import ROOT, write_pictures
 from PIL import Image
+from runs import pretrain
 from transformers import (
+    BeitForImageClassification,
+    BeitModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -26,7 +29,7 @@ import main_linprobe
 import main_pretrain
 import models_vit
 from evaluation import checkpoints
-from exporting import formats
+from exporting import formats, tensor_names
 from methods import base
 from util.config import PretrainSettings
 from util.data import transforms
@@ -50,13 +53,13 @@ def save(path, model, args, grid, **more):
     return path, model.eval()
 
 
-def classifier(tmp_path, probe=False, **options):
-    model = models_vit.create_model("vit_mini_patch4", num_classes=5, **options)
+def classifier(tmp_path, probe=False, name="vit_mini_patch4", **options):
+    model = models_vit.create_model(name, num_classes=5, **options)
     if probe:
         models_vit.add_probe_head(model)
         model.head[0].running_mean += torch.randn(96)
         model.head[0].running_var += torch.rand(96)
-    args = {"model": "vit_mini_patch4", "input_size": [16]}
+    args = {"model": name, "input_size": [16]}
     return save(tmp_path / "classifier.pth", model, args, [4, 4], classes=list("abcde"))
 
 
@@ -162,6 +165,74 @@ def test_a_class_token_classifier_in_hugging_face(tmp_path, probe):
         content = back(folder, "hf", tmp_path / "back.pth")
         assert_same(content["model"], model.state_dict())
         assert content["classes"] == list("abcde")
+
+
+TIMM_BEITS = {
+    "simmim": {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False},
+    "simmim classifier": {},
+    "bootmae": {"use_abs_pos_emb": True, "use_rel_pos_bias": False, "init_values": 0},
+}
+TIMM_BEITS["bootmae classifier"] = TIMM_BEITS["bootmae"]
+
+
+@pytest.mark.parametrize("method", ["simmim", "bootmae"])
+def test_a_beit_encoder_in_other_libraries_and_back(tmp_path, method):
+    """All weights random, so that no bias and no layer scale could be lost unseen."""
+    settings = PretrainSettings(model=f"{method}_vit_mini_patch4", std=[0.5, 0.6, 0.7])
+    path, model = save(tmp_path / "ours.pth", base.build_model(settings), settings.as_dict(), [4, 4])
+    images = torch.randn(2, 3, 16, 16)
+    file = convert(path, "timm", tmp_path / "timm.safetensors")
+    form = {"num_classes": 0, "global_pool": ""} | TIMM_BEITS[method] | MINI
+    other = timm.create_model("beit_base_patch16_224", checkpoint_path=str(file), **form).eval()
+    theirs = BeitModel.from_pretrained(convert(path, "hf", tmp_path / "hf")).eval()
+    with torch.no_grad():
+        ours = model.encode(model.embed(images), None)
+        torch.testing.assert_close(other.forward_features(images), ours, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs(images).last_hidden_state, ours, rtol=1e-5, atol=1e-5)
+    content = back(file, "timm", tmp_path / "back.pth")
+    assert_same(content["model"], tensor_names.encoder_or_classifier(model.state_dict()))
+    assert content["args"]["model"] == settings.model
+    file = convert(path, "safetensors", tmp_path / "all.safetensors")
+    assert_same(back(file, "safetensors", tmp_path / "back.pth")["model"], model.state_dict())
+    with pytest.raises(ValueError, match=f"--to mae: {settings.model} is a BEiT, whose biases MAE's ViT lacks"):
+        convert(path, "mae", tmp_path / "mae.pth")
+
+
+@pytest.mark.parametrize("probe", [False, True], ids=["finetuned", "probed"])
+@pytest.mark.parametrize("pool", ["token", "avg"])
+@pytest.mark.parametrize("method", ["simmim", "bootmae"])
+def test_a_beit_classifier_in_other_libraries(tmp_path, method, pool, probe):
+    path, model = classifier(tmp_path, probe, f"{method}_vit_mini_patch4", global_pool=pool == "avg")
+    file = convert(path, "timm", tmp_path / "timm.safetensors")
+    form = {"num_classes": 5, "global_pool": pool} | TIMM_BEITS[f"{method} classifier"] | MINI
+    other = timm.create_model("beit_base_patch16_224", checkpoint_path=str(file), **form).eval()
+    folder = convert(path, "hf", tmp_path / "hf")
+    theirs, report = BeitForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    assert theirs.config.id2label == dict(enumerate("abcde"))
+    images = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(other(images), model(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs.eval()(images).logits, model(images), rtol=1e-5, atol=1e-5)
+    if not probe:
+        assert_same(back(file, "timm", tmp_path / "back.pth")["model"], model.state_dict())
+
+
+@pytest.mark.parametrize("method", ["cmae", "hpm"])
+def test_what_cmae_and_hpm_leave_is_exported_as_maes(tmp_path, method):
+    pictures = write_pictures(tmp_path / "pictures", classes=1, per_class=4)
+    options = ["--method_args", "feature_depth=1"] if method == "cmae" else []
+    pretrain(pictures, tmp_path / "run", "--method", method, "--epochs", 1, *options)
+    path = tmp_path / "run" / checkpoint.LAST
+    file, folder = convert(path, "timm", tmp_path / "timm.safetensors"), convert(path, "hf", tmp_path / "hf")
+    other = timm.create_model("vit_base_patch16_224", num_classes=0, checkpoint_path=str(file), **MINI).eval()
+    theirs, report = ViTMAEForPreTraining.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    model, images, noise = checkpoints.open_checkpoint(path).model, torch.randn(2, 3, 16, 16), torch.rand(2, 16)
+    with torch.no_grad():
+        ours = model.encode(model.embed(images), None)
+        torch.testing.assert_close(other.forward_features(images), ours, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs(images, noise=noise).logits, model(images, noise)[1], rtol=1e-5, atol=1e-5)
 
 
 def test_hugging_faces_own_weights_come_here(tmp_path):

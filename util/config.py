@@ -318,6 +318,7 @@ class LinprobeSettings(SupervisedSettings):
     warmup_epochs: float = result(10, "epochs of linear warm-up of the learning rate")
     blr: float = result(0.1, "base learning rate: lr = blr * effective batch / 256")
     weight_decay: float = result(0.0, "weight decay of LARS")
+    probe_blocks: int | None = result(None, "probe the output of so many blocks of the encoder; default: all")
 
     _pools_by_default: ClassVar[bool] = False
 
@@ -325,3 +326,4 @@ class LinprobeSettings(SupervisedSettings):
         """Check as `SupervisedSettings.check`; BatchNorm needs two images."""
         super().check()
         self._check_minimum(2, "batch_size")
+        self._check_minimum(1, "probe_blocks")
