@@ -24,11 +24,15 @@ class MaskedModel(nn.Module):
         masking: strategy `(tokens, noise=None) -> masking.Mask`.
         grad_checkpointing: whether activations are computed again in the backward pass.
         norm_pix_loss: whether targets are normalised within each patch.
+        has_decoder: whether it predicts pixels.
+        trains_class_token: whether a loss is of the class token itself, so that it is worth classifying by.
     """
 
     masking: Callable[..., Mask]
     grad_checkpointing = False
     norm_pix_loss = False
+    has_decoder = True
+    trains_class_token = False
 
     def set_masking(self, strategy: Callable[..., Mask]) -> None:
         """Mask with `strategy` from now on. It is no submodule, whatever it is: the state dict stays the same."""

@@ -34,6 +34,9 @@ class IBOTViT(MaskedModel):
         ValueError: the image is not a whole number of patches, the width does not fit the heads, or `norm_pix_loss`.
     """
 
+    has_decoder = False
+    trains_class_token = True
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,

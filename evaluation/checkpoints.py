@@ -72,7 +72,7 @@ def untrained(name: str, device: torch.device | str = "cpu", **changes) -> Opene
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = base.build_model(settings)
-    return _opened(model, settings, device, trained=False)
+    return _opened(model, settings, device, has_decoder=model.has_decoder, trained=False)
 
 
 def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **changes) -> Opened:

@@ -129,6 +129,13 @@ def voting_accuracies(
     return [100 * number / len(val[0]) for number in right]
 
 
+def class_token_accuracies(
+    train: tuple[torch.Tensor, torch.Tensor], val: tuple[torch.Tensor, torch.Tensor]
+) -> dict[str, float]:
+    """Return `voting_accuracies` of 10 and 20 neighbours by name, as iBOT reports them."""
+    return dict(zip(("knn_cls_10", "knn_cls_20"), voting_accuracies(train, val), strict=True))
+
+
 def rank_me(features: torch.Tensor, epsilon: float = 1e-7) -> float:
     """Compute the effective rank of features (n, D), 1 (collapsed) to min(n, D): RankMe, Garrido et al., 2023, Eq. 1.
 

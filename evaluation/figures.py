@@ -19,7 +19,7 @@ _OFFERED = {"progress": 1.0, "draw": 0.5}
 
 def drawable(strategy: masking.base.Strategy) -> bool:
     """Return whether `strategy` can mask outside of a training: it needs no teacher."""
-    return masking.base.needs(strategy) <= {"grid", "patch_size", "maps", "boxes", *_OFFERED}
+    return masking.base.needs(strategy) <= {"grid", "patch_size", "attention", "maps", "boxes", *_OFFERED}
 
 
 def choose_mask(
@@ -27,9 +27,11 @@ def choose_mask(
 ) -> masking.Mask:
     """Mask normalised images (N, C, H, W) by noise (N, L) as `strategy` does at the end of the training.
 
-    Attention maps are those of `model`, and the images whole.
+    Attention is that of `model`, and the images whole.
     """
     offered = dict(_OFFERED)
+    if "attention" in masking.base.needs(strategy):
+        offered["attention"] = model.class_attention(images)
     if "maps" in masking.base.needs(strategy):
         offered["maps"] = masking.attention_map(model.class_attention(images)).view(-1, *model.patch_embed.grid_size)
         height, width = images.shape[2:]

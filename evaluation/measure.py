@@ -14,8 +14,8 @@ from evaluation import features, monitor, probes
 from evaluation.checkpoints import Opened, check_pictures
 from util.data import datasets, sources, transforms
 
-METRICS = ("knn", "rank_me", "salience", "linear", "attentive")
-_LABELLED = {"knn", "linear", "attentive"}
+METRICS = ("knn", "rank_me", "salience", "linear", "attentive", "voting")
+_LABELLED = {"knn", "linear", "attentive", "voting"}
 CACHE_GB = 16  # the attentive probe keeps all patch tokens of its images in memory
 
 
@@ -98,6 +98,8 @@ def measure(
             result["linear"] = probes.linear_probe(train, val, device=device)
         if "rank_me" in metrics:
             result["rank_me"] = features.rank_me(val[0])
+    if "voting" in metrics:  # of class tokens, as DINO and iBOT measure
+        result |= features.class_token_accuracies(extract(sets.train, "cls"), extract(sets.val, "cls"))
     if "attentive" in metrics:
         tokens = extract(sets.train, "tokens"), extract(sets.val, "tokens")
         result["attentive"] = probes.attentive_probe(*tokens, device=device)

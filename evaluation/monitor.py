@@ -140,6 +140,9 @@ class Monitor:
         values = {"rank_me": features.rank_me(val[0])}
         if self._sets.train is not None:
             values["knn"] = features.knn_accuracy(self._features(model, self._sets.train), val)
+            if model.trains_class_token:
+                sets = (self._features(model, images, "cls") for images in (self._sets.train, self._sets.val))
+                values |= features.class_token_accuracies(*sets)
         found = salience_of_set(model, self._sets.val, self.normalize, self.strategy, self.settings.num_workers)
         values |= {name: numbers.mean().item() for name, numbers in found.items()}
         return Look(values, found.get("mask_ratio"))
@@ -150,7 +153,8 @@ class Monitor:
         count = min(SHOWN_IMAGES, len(images))
         pixels = torch.stack([images[0, index * len(images) // count][0] for index in range(count)])
         strategies = figures.standard_strategies(self.settings, self.strategy, model.num_patches)
-        rebuilt, temperature = figures.own_name(self.settings, self.strategy), figures.temperature_of(self.strategy)
+        rebuilt = figures.own_name(self.settings, self.strategy) if model.has_decoder else None
+        temperature = figures.temperature_of(self.strategy)
         return drawing.draw(
             figures.columns(model, pixels, self.normalize, strategies, rebuilt=rebuilt, temperature=temperature)
         )
@@ -170,8 +174,11 @@ class Monitor:
                     print(f"bad picture: {images.bad.describe(index)}; the monitors see the next one", file=sys.stderr)
         return count
 
-    def _features(self, model: nn.Module, images: datasets.SeededImages) -> tuple[torch.Tensor, torch.Tensor]:
-        return features.extract_features(model, images, self.normalize, num_workers=self.settings.num_workers)
+    def _features(
+        self, model: nn.Module, images: datasets.SeededImages, pool: str = "mean"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        workers = self.settings.num_workers
+        return features.extract_features(model, images, self.normalize, pool=pool, num_workers=workers)
 
 
 def salience_of_set(

@@ -63,7 +63,7 @@ def bare_model(settings: PretrainSettings, state: tensor_names.State, probe_bloc
     with torch.device("meta"):
         if any(name.startswith(("head.", "fc_norm.")) for name in state):
             model = models_vit.create_model(
-                settings.model.removeprefix("mae_"),
+                settings.model.removeprefix("mae_").removeprefix("ibot_"),
                 num_classes=1,
                 img_size=settings.size("input_size"),
                 patch_size=settings.size("patch_size"),

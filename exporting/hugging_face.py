@@ -54,7 +54,7 @@ def shared_config(found: Exportable) -> dict[str, Any]:
 
 
 def vit_config(found: Exportable) -> dict[str, Any]:
-    """Return `config.json` for `ViTMAEForPreTraining` or `ViTForImageClassification`. ValueError: neither fits."""
+    """Return `config.json` for ViTMAE, or for ViT where there is no decoder or a head. ValueError: neither fits."""
     config = shared_config(found) | {"qkv_bias": True}
     if "fc_norm.weight" in found.state:
         raise ValueError(
@@ -64,6 +64,8 @@ def vit_config(found: Exportable) -> dict[str, Any]:
     if found.kind == "classifier":
         return {"model_type": "vit", "architectures": ["ViTForImageClassification"]} | config
     model = found.model()
+    if not model.has_decoder:
+        return {"model_type": "vit", "architectures": ["ViTModel"]} | config
     return config | {
         "model_type": "vit_mae",
         "architectures": ["ViTMAEForPreTraining" if found.kind == "autoencoder" else "ViTMAEModel"],

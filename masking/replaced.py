@@ -85,10 +85,18 @@ def check_ratios(means, deviations, ratio_per: str) -> tuple[tuple[float, ...], 
     return means, deviations
 
 
+def on_device(values: Sequence | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Put numbers on a device; the host does not wait."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if tensor.device == device:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def highest(rank: torch.Tensor, counts: Sequence[int] | torch.Tensor, stats: dict | None = None) -> Replaced:
     """Replace the `counts` (N,) highest of each row of ranks (N, L), which are 0 to L - 1."""
     total = None if isinstance(counts, torch.Tensor) else sum(counts)
-    counts = torch.as_tensor(counts, device=rank.device)
+    counts = on_device(counts, torch.int64, rank.device)
     return Replaced(rank >= rank.shape[1] - counts[:, None], total, stats)
 
 

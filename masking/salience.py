@@ -10,7 +10,7 @@ import torch
 from masking.base import check_number, check_ratio, check_rounding, draw_noise, keep_count, register
 from masking.cells import Cells, check_cell
 from masking.mask import Mask
-from masking.replaced import Ratios, Replaced, highest
+from masking.replaced import Ratios, Replaced, highest, on_device
 from util.precision import full_fp32
 from util.ratios import exact_ratio
 
@@ -175,7 +175,7 @@ class SBAMAdaptive(SBAM):
     def at_ratios(self, tokens: torch.Tensor, ratios: Ratios, noise: torch.Tensor | None = None, **needed) -> Replaced:
         """Replace tokens (N, L, D) where a method draws the base ratio r of each image: Eq. 7 around it; 0 stays 0."""
         mask, num_tokens = self(tokens, noise=noise, **needed), tokens.shape[1]
-        base = torch.tensor(ratios.rows, dtype=torch.float64).to(tokens.device, non_blocking=True)
+        base = on_device(ratios.rows, torch.float64, tokens.device)
         share = (mask.stats["salient_share"].double() * num_tokens).round() / num_tokens  # fp32 is off by a hair
         own = (base + float(self.delta_r) * (2 * share - 1)).clamp(0, 1)
         counts = torch.where(base > 0, (num_tokens * own + 1e-9).floor(), 0).long()

@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint", nargs="?", type=cli.path_text, help="of pre-training, fine-tuning or probing, or published by MAE"
     )
-    parser.add_argument("--metrics", nargs="+", choices=measure.METRICS, default=list(measure.METRICS[:-1]))
+    parser.add_argument("--metrics", nargs="+", choices=measure.METRICS, default=list(measure.METRICS[:4]))
     parser.add_argument("--output", type=cli.path_text, help="JSON file for the numbers")
     parser.add_argument("--neighbours", type=int, default=10, help="k of k-NN")
     parser.add_argument(

@@ -11,8 +11,9 @@ import torch
 from helpers import MODEL_STRATEGIES, tiny_mae, varied_images
 
 import masking
-from methods import CMAE, HPM, MAE, At, BootMAE, Inputs, Loss, Plan, SimMIM
+from methods import CMAE, HPM, IBOT, MAE, At, BootMAE, Inputs, Loss, Plan, SimMIM
 from models_bootmae import BootMAEViT
+from models_ibot import IBOTViT
 from models_simmim import SimMIMViT
 from util.distributed import world
 from util.training.averages import Averages
@@ -61,29 +62,52 @@ class PartlyDecoded(MAE):
 
 
 METHODS = {"mae": MAE, "two terms": TwoTerms, "partly decoded": PartlyDecoded, "hpm": HPM, "cmae": CMAE}
-METHODS |= {"simmim": SimMIM, "bootmae": BootMAE}
+METHODS |= {"simmim": SimMIM, "bootmae": BootMAE, "ibot": IBOT}
 
 
 def tiny_model(name: str) -> torch.nn.Module:
     sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 4}
     if name == "simmim":
         return SimMIMViT(**sizes, drop_path_rate=0.0)
+    if name == "ibot":
+        return IBOTViT(**sizes)
     return BootMAEViT(**sizes, decode_dim=36) if name == "bootmae" else tiny_mae(norm_pix_loss=True)
+
+
+def tiny_method(name: str, strategy: str) -> torch.nn.Module:
+    """Build a method from the current random state."""
+    options = {"ibot": {"drop_path": 0.0, "freeze_last_layer": 0, "local_size": 16}}
+    options["ibot"] |= {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 12}
+    return METHODS[name](tiny_model(name), masking.create(strategy), **options.get(name, {}))
+
+
+def given_to(name: str, images: torch.Tensor, noise: torch.Tensor) -> Inputs:
+    """Return images (N, C, H, W) and noise (N, L) as the method gets them; the second view is of CMAE and iBOT."""
+    if name != "ibot":
+        return Inputs([images, images.flip(3)], noise)
+    rows = (0.6 * noise[:, 0]).tolist()
+    views = [images, images.flip(3), images[:, :, :16, 8:24]]
+    return Inputs(views, torch.cat([noise, 1 - noise]), ratios=masking.Ratios((*rows, *rows)))
+
+
+def removed(plan: Plan) -> torch.Tensor:
+    """Return the mask of a plan, (N, L) bool."""
+    return plan.extra["mask"] if plan.mask is None else plan.mask.mask
 
 
 def one_step(name: str, strategy: str, accum_iter: int, device: torch.device) -> dict:
     torch.manual_seed(0)
-    method = METHODS[name](tiny_model(name), masking.create(strategy))
+    method = tiny_method(name, strategy)
     forward = world.wrap(method, device, accumulates=accum_iter > 1)
     images, noise = varied_images(13)[1:], torch.rand(12, 64)
     mine = slice(world.rank(), None, world.world_size())
     shares = zip(images[mine].tensor_split(accum_iter), noise[mine].tensor_split(accum_iter), strict=True)
-    batches = [Inputs([part, part.flip(3)], drawn) for part, drawn in shares]  # the second view is of CMAE
+    batches = [given_to(name, part, drawn) for part, drawn in shares]
 
     optimizer = torch.optim.SGD([p for p in method.parameters() if p.requires_grad], lr=0.0)
     update, averages = Keep(forward, optimizer, torch.amp.GradScaler("cpu", enabled=False)), Averages(device)
     outcome = train_step(method, batches, At(0, 0.0, 1), update, averages, "none")
-    whole = Inputs([images, images.flip(3)], noise)
+    whole = given_to(name, images, noise)
     plan = method.choose(whole, At(0, 0.0, 1))
     losses = method(whole, plan, At(0, 0.0, 1))
     return {
@@ -91,7 +115,7 @@ def one_step(name: str, strategy: str, accum_iter: int, device: torch.device) ->
         "whole_batch_loss": sum(loss.sum / loss.count for loss in losses.values()).detach().double(),
         "norm": outcome.norm,
         "gradients": {name: p.kept for name, p in method.named_parameters() if p.requires_grad},
-        "kept": plan.mask.num_keep.tolist(),
+        "kept": (~removed(plan)).sum(dim=1).tolist(),
     }
 
 

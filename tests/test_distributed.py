@@ -31,7 +31,7 @@ def steps(tmp_path_factory) -> dict:
 
 @pytest.mark.parametrize("layout", [(1, 3), (2, 1), (2, 2)], ids=str)
 @pytest.mark.parametrize("strategy", MODEL_STRATEGIES)
-@pytest.mark.parametrize("method", ["mae", "two terms", "partly decoded", "hpm", "simmim", "bootmae"])
+@pytest.mark.parametrize("method", ["mae", "two terms", "partly decoded", "hpm", "simmim", "bootmae", "ibot"])
 def test_loss_and_gradients_do_not_depend_on_the_layout(steps, method, strategy, layout):
     """The second method has a term with a denominator of its own, images in place of removed tokens."""
     expected, found = steps[(method, strategy, 1, 1)], steps[(method, strategy, *layout)]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import MODEL_STRATEGIES, tiny_mae, varied_images
-from step_worker import METHODS, tiny_model
+from step_worker import METHODS, given_to, removed, tiny_method
 from test_packing import LENGTHS, each_alone
 
 import masking
 import models_mae
-from methods import CMAE, HPM, MAE, At, BootMAE, Inputs, SimMIM
+from methods import CMAE, HPM, IBOT, MAE, At, BootMAE, Inputs, SimMIM
 from models_bootmae import bootmae_vit_base_patch16
+from models_ibot import ibot_vit_base_patch16
 from models_simmim import simmim_vit_base_patch16
 from util import optim, precision
 from util.data import transforms
@@ -128,17 +129,17 @@ def test_every_method_has_the_losses_and_gradients_that_it_has_on_the_cpu(name, 
     images, noise, found = varied_images(8), torch.rand(8, 64), []
     for device in (torch.device("cpu"), GPU):
         torch.manual_seed(0)
-        method = METHODS[name](tiny_model(name), masking.create("sbam_amr")).to(device)
+        method = tiny_method(name, "sbam_amr").to(device)
         if compiled and device is GPU:
             method.set_normalize(transforms.Normalize(0.0, 1.0))
             method.compile_parts()
-        inputs = Inputs([images.to(device), images.flip(3).to(device)], noise.to(device))
+        inputs = given_to(name, images.to(device), noise.to(device))
         plan = method.choose(inputs, At(0, 0.0, 1))
         losses = method.forward(inputs, plan, At(0, 0.0, 1))
         sum(loss.sum / loss.count for loss in losses.values()).backward()
         found.append((plan, losses, {n: p.grad for n, p in method.named_parameters() if p.grad is not None}))
     (plan, losses, gradients), (gpu_plan, gpu_losses, gpu_gradients) = found
-    assert torch.equal(gpu_plan.mask.mask.cpu(), plan.mask.mask)
+    assert torch.equal(removed(gpu_plan).cpu(), removed(plan))
     for term, loss in losses.items():
         assert relative(gpu_losses[term].sum.cpu(), loss.sum) < 1e-4
     assert gpu_gradients.keys() == gradients.keys()
@@ -167,17 +168,24 @@ def _gradients(model) -> dict[str, torch.Tensor]:
         ("sbam", 0, 1, BootMAE),
         ("sbam_amr", 1, 1, BootMAE),
         ("sbam", 0, 1, CMAE),
+        ("sbam", 0, 1, IBOT),
+        ("attmask_hint", 0, 1, IBOT),
+        ("sbam_amr", 1, 1, IBOT),
     ],
 )
 def test_a_training_step_never_makes_the_host_wait(name, waits, share, kind):
     """Under AMR once a micro-batch: the number of packed tokens is a shape. Blocks are drawn on the host."""
-    constructors = {SimMIM: simmim_vit_base_patch16, BootMAE: bootmae_vit_base_patch16}
+    constructors = {SimMIM: simmim_vit_base_patch16, BootMAE: bootmae_vit_base_patch16, IBOT: ibot_vit_base_patch16}
     model = constructors[kind](depth=2) if kind in constructors else base_model(name, depth=2, decoder_depth=2)
     method, images = kind(model, masking.create(name)).to(GPU), photographs(8).to(GPU)
     method.decode_ratio, method.amp = share, "bf16"
     optimizer = optim.pretrain_adamw(method.parameter_groups(0.05), GPU)
     update = GradientStep(method, optimizer, precision.grad_scaler("bf16", GPU))
-    averages, halves = Averages(GPU), [Inputs([images] * 2, torch.rand(8, 196, device=GPU)) for _ in range(2)]
+    noise = torch.rand(16 if kind is IBOT else 8, 196, device=GPU)
+    averages, halves = (
+        Averages(GPU),
+        [Inputs([images] * 2, noise, ratios=masking.Ratios((0.3,) * 16)) for _ in range(2)],
+    )
 
     def step() -> None:
         train_step(method, halves, At(0, 0.0, 1), update, averages, "bf16")

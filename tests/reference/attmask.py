@@ -63,7 +63,7 @@ def training(golden: dict[str, np.ndarray], config: dict) -> dict[str, np.ndarra
     method = ibot.build(settings, given)
     images = torch.cat(ibot.inputs_of(given).views[:2])
     with torch.no_grad():
-        latent, before = method.model._encode(method.model.embed_view(images), None)
+        before = method.model._encode(method.model.embed_view(images), None)[1]
         last = method.model.blocks[-1]
         results["attention/teacher_last_block_cls_rows"] = last.attn.weights_of_first(last.norm1(before)).numpy()
     return results

@@ -1,0 +1,356 @@
+"""iBOT and AttMask: against the goldens, over processes, and everything around them that a user of the method meets."""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers
+from faults import injected
+from helpers import golden, golden_json, log_lines, refusal, varied_images, write_pictures
+from reference import attmask, ibot, ibot_masks, ibot_sbam
+from runs import assert_same_run, content, flags
+
+import main_finetune
+import main_pretrain
+import masking
+from evaluation import checkpoints, features
+from methods import IBOT, At, Inputs
+from methods.ibot import between_views, cross_entropy
+from models_ibot import IBOTViT, ibot_vit_base_patch16, ibot_vit_small_patch16
+from scripts import export, visualize
+from util import optim, seeding
+from util.data.multi_crop import MultiCrop
+from util.data.step_loader import MicroBatch
+from util.training.averages import Averages
+from util.training.step import GradientStep, train_step
+
+SMALL = ["out_dim=32", "hidden_dim=24", "bottleneck_dim=12", "local_size=16", "local_crops_number=2"]
+GIVEN = ["--method", "ibot", "--model", "ibot_vit_mini_patch4", "--input_size", 32, "--clip_grad", 3]
+GIVEN += ["--method_args", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"), classes=1, per_class=14)
+
+
+def given(pictures, output, *more) -> list[str]:
+    """The flags of `runs.flags` without `--norm_pix_loss`."""
+    return [flag for flag in flags(pictures, output, *GIVEN, *more) if flag != "--norm_pix_loss"]
+
+
+def tiny(strategy: str = "random", **options) -> IBOT:
+    torch.manual_seed(0)
+    model = IBOTViT(img_size=32, patch_size=4, embed_dim=48, depth=2, num_heads=4)
+    sizes = {"out_dim": 32, "hidden_dim": 24, "bottleneck_dim": 12, "local_size": 16, "local_crops_number": 2}
+    method = IBOT(model, masking.create(strategy), **(sizes | {"drop_path": 0.0} | options))
+    torch.nn.init.normal_(method.masked_embed)
+    return method.train()
+
+
+def inputs(number: int, ratio: float = 0.4) -> Inputs:
+    torch.manual_seed(1)
+    images = varied_images(number + 1)[1:]
+    views = [images, images.flip(3), images[:, :, 8:24, 8:24], images[:, :, :16, :16]]
+    rows = tuple(ratio * (i % 3) / 2 for i in range(2 * number))
+    return Inputs(views, torch.rand(2 * number, 64), ratios=masking.Ratios(rows, 0.3))
+
+
+def part(whole: Inputs, rows: slice) -> Inputs:
+    """Some images of a batch, as a process or a micro-batch has them."""
+    halves = whole.noise.chunk(2)
+    count = len(halves[0])
+    ratios = itertools.chain(*(whole.ratios.rows[i * count : (i + 1) * count][rows] for i in range(2)))
+    noise = torch.cat([half[rows] for half in halves])
+    return Inputs([view[rows] for view in whole.views], noise, ratios=whole.ratios._replace(rows=tuple(ratios)))
+
+
+def stepping(method: IBOT) -> GradientStep:
+    """Steps of AdamW, clipped."""
+    optimizer = optim.pretrain_adamw(method.parameter_groups(0.04), torch.device("cpu"), method.betas)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3
+    return GradientStep(method, optimizer, torch.amp.GradScaler("cpu", enabled=False), 3.0, method.clip_each)
+
+
+def test_three_steps_against_the_goldens():
+    """AdamW makes +-lr of a gradient of rounding size (keys' biases): weights are compared where it is larger."""
+    data = golden("ibot_tiny")
+    names = (
+        "config",
+        "grad_norm_names",
+        "state/",
+        "crops/",
+        "masks/",
+        "center_cls/step0_before",
+        "center_patch/step0_b",
+    )
+    known = {k: v for k, v in data.items() if k.startswith(names)}
+    found = ibot.compute(known)
+    assert found.keys() == {k for k in data.keys() - known.keys() if not k.startswith("drop_path/")}
+    for name, value in found.items():
+        expected = data[name]
+        if expected.dtype.kind == "U":
+            assert str(value) == str(expected), name
+            continue
+        relative = 1e-4 if "grad" in name else 1e-12 if name.startswith("schedule") else 1e-5
+        bound = np.full_like(expected, relative * max(np.abs(expected).max(), 1e-3), dtype=np.float64)
+        if "after_step0" in name:
+            tensor_name = name.split("/", 1)[1]
+            large = np.abs(data.get(f"grad/{tensor_name}", np.zeros_like(expected))) > 1e-6
+            bound = np.where(large, 1e-6 + bound, 2 * known_lr(data))
+        assert (np.abs(value - expected) <= bound).all(), name
+
+
+def known_lr(data) -> float:
+    return float(data["schedule/lr"].max())
+
+
+@pytest.mark.parametrize(
+    ("name", "reference", "tolerance"),
+    [("ibot_masks", ibot_masks, 0), ("attmask_masks", attmask, 1e-5), ("ibot_sbam", ibot_sbam, 1e-6)],
+)
+def test_masks_against_the_goldens(name, reference, tolerance):
+    data = golden(name)
+    found = reference.compute(data)
+    results = {"mask", "num_masked", "score", "salience", "share_salient", "loss", "patch", "cls", "masks", "results"}
+    assert found.keys() >= {k for k in data if k.split("/")[-1] in results}
+    for key, value in found.items():
+        if data[key].dtype.kind == "U":
+            assert str(value) == str(data[key])
+        elif data[key].dtype.kind in "bi":
+            np.testing.assert_array_equal(value, data[key], err_msg=key)
+        else:
+            bound = (10 if "grad" in key else 1) * tolerance * max(np.abs(data[key]).max(), 1e-3)
+            np.testing.assert_allclose(value, data[key], rtol=0, atol=bound, err_msg=key)
+
+
+def test_block_masks_have_the_published_statistics():
+    known = golden_json_in(golden("ibot_masks")["statistics"])
+    for ratio in (0.1, 0.3, 0.5):
+        found = ibot_masks.statistics(((ratio,), (0.0,)), (14, 14), 1500, seed=1)
+        expected = known[f"fixed_{ratio}"]
+        assert found["mean"] == pytest.approx(expected["mean"], abs=5 * expected["std"] / 1500**0.5)
+        assert found["centre_4x4_frequency"] == pytest.approx(expected["centre_4x4_frequency"], abs=0.03)
+        assert found["corner_frequency"] == pytest.approx(expected["corner_frequency"], abs=0.02)
+
+
+def golden_json_in(array: np.ndarray) -> dict:
+    return json.loads(str(array))
+
+
+def test_schedules_are_the_published_ones():
+    for known in golden_json("ibot_schedules"):
+        names = ("warmup_teacher_temp", "teacher_temp", "warmup_teacher_patch_temp", "teacher_patch_temp")
+        options = {name: known[name] for name in (*names, "warmup_teacher_temp_epochs", "momentum", "pred_start_epoch")}
+        method = tiny(**options, weight_decay_end=known["weight_decay_end"])
+        method.peak_lr, method.min_lr = known["blr"] * known["batch"] / 256, known["min_lr"]
+        method.warmup_epochs = known["warmup_epochs"]
+        for step, lr, decay, momentum in zip(known["steps"], known["lr"], known["wd"], known["ema"], strict=True):
+            at = At(step, step / known["steps_per_epoch"], known["epochs"])
+            found = (*method.schedule(at, 0.0, known["weight_decay"]), method.momentum_at(at))
+            assert found == pytest.approx((lr, decay, momentum), rel=1e-9, abs=1e-14), (known["name"], step)
+        for name in ("teacher_temp", "teacher_patch_temp"):
+            found = [method.temperature_at(name, epoch) for epoch in known["epochs_sampled"]]
+            assert found == pytest.approx(known[f"{name}s"], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "frozen"),
+    [("vit_small", ibot_vit_small_patch16, False), ("vit_base", ibot_vit_base_patch16, True)],
+)
+def test_names_shapes_decay_and_depth_are_the_published_ones(name, build, frozen):
+    known = golden_json("ibot_state_dict_layouts")[name]
+    with torch.device("meta"):
+        method = IBOT(build(), None, norm_last_layer=frozen)
+    theirs = {ibot.ours(n): n for n in known["state_dict"]}
+    parameters = dict(method.named_parameters())
+    for ours, their in theirs.items():
+        if ours in parameters:
+            assert list(parameters[ours].shape) == known["state_dict"][their], their
+    assert {theirs[n] for n, p in parameters.items() if p.requires_grad} == set(known["trained"])
+    identities = {id(p): n for n, p in parameters.items()}
+    for decay, key in ((0.04, "decayed"), (0.0, "not_decayed")):
+        groups = [group for group in method.parameter_groups(0.04) if group["weight_decay"] == decay]
+        found = {theirs[identities[id(p)]] for group in groups for p in group["params"]}
+        assert found == set(known[key])
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in method.student.blocks]
+    assert rates == pytest.approx(known["drop_path"])
+    assert all(isinstance(block.drop_path1, torch.nn.Identity) for block in method.model.blocks)
+
+
+def test_the_losses_are_the_sums_over_pairs_and_tokens():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(4, 3, 5), torch.randn(2, 3, 5).softmax(dim=-1)
+    pairs = [cross_entropy(logits[v], targets[q]) for q in range(2) for v in range(4) if v != q]
+    torch.testing.assert_close(between_views(logits, targets), torch.stack(pairs).mean(dim=0).sum())
+    known = torch.nn.functional.cross_entropy(logits[0], targets[0], reduction="none")
+    torch.testing.assert_close(cross_entropy(logits[0], targets[0]), known)
+
+
+@pytest.mark.parametrize("strategy", ["random", "sbam_amr", "block", "attmask_hint"])
+def test_masked_patches_alone_give_the_loss_of_all(strategy):
+    """The savings are exact: the patches' head on masked tokens, the centre from the mean of unit vectors."""
+    method, whole, at = tiny(strategy), inputs(6), At(5, 1.0, 10)
+    plan = method.choose(whole, at)
+    found = method(whole, plan, at)["patch"]
+    images, mask = torch.cat(whole.views[:2]), plan.extra["mask"]
+    assert 0 < mask.sum() < mask.numel()
+    assert not mask[::3].any()  # their ratio is 0
+    with torch.no_grad():
+        latent, _ = method.teacher_latent(images)
+        teacher = method.teacher_head.of_patches(method.teacher_head.project(latent[:, 1:]))
+    temperature = method.temperature_at("teacher_patch_temp", 1)
+    target = ((teacher - method.center_patch) / temperature).softmax(dim=-1)
+    student = method.head.of_patches(method.head.project(method.student_latent(images, mask)[:, 1:])) / 0.1
+    each = -(target * student.log_softmax(dim=-1)).sum(dim=-1)  # (2 N, L)
+    per_image = (each * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
+    torch.testing.assert_close(found.sum / found.count, per_image.view(2, 6).mean(), rtol=1e-5, atol=1e-6)
+    method.after_step(at, torch.tensor(True))
+    torch.testing.assert_close(method.center_patch[0, 0], 0.1 * teacher.mean(dim=(0, 1)), rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_and_a_skipped_step():
+    """Uneven micro-batches have the gradient and the centres of the whole; a step that is skipped changes nothing."""
+    whole, at, found = inputs(8), At(6, 1.0, 10), []
+    for parts in ([slice(None)], [slice(0, 3), slice(3, 8)]):
+        method = tiny("sbam_amr")
+        update = stepping(method)
+        batches = [part(whole, rows) for rows in parts]
+        train_step(method, batches, at, update, Averages(torch.device("cpu")), "none")
+        found.append({name: value.clone() for name, value in method.state_dict().items()})
+    for name, value in found[0].items():
+        tolerance = 1e-5 if "center" in name else 2e-3  # of AdamW's steps: see the test against the goldens
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=tolerance, msg=name)
+    assert (found[0]["center_cls"] != 0).any()
+
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    broken = part(whole, slice(0, 4))
+    broken.views[2][:] = float("nan")
+    outcome = train_step(method, [broken], at, update, Averages(torch.device("cpu")), "none")
+    assert outcome.skipped
+    torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
+
+
+def test_prototypes_are_frozen_in_the_first_epoch():
+    whole = inputs(4)
+    for epoch, moves in ((0.5, False), (1.0, True)):
+        method = tiny()
+        update = stepping(method)
+        before = method.head.last_layer.weight_v.clone()
+        train_step(method, [whole], At(3, epoch, 10), update, Averages(torch.device("cpu")), "none")
+        assert (not torch.equal(before, method.head.last_layer.weight_v)) == moves
+
+
+def micro_batch(places: range) -> MicroBatch:
+    """Images of a step of 400, without the images."""
+    return MicroBatch([], True, 3, places, 400, list(places))
+
+
+def test_ratios_belong_to_the_place_in_the_step():
+    """Half of the views are whole, the others have U[0.1, 0.5]; two processes draw what one draws."""
+    method = tiny()
+    whole = method.draw_ratios(micro_batch(range(400)), seed=1).rows
+    masked = [ratio for ratio in whole if ratio]
+    assert 0.4 < len(masked) / 800 < 0.6
+    assert min(masked) > 0.1
+    assert max(masked) < 0.5
+    odd = method.draw_ratios(micro_batch(range(1, 400, 2)), seed=1).rows
+    assert odd == whole[1:400:2] + whole[401::2]
+    step = tiny("attmask_high")
+    drawn = step.draw_ratios(micro_batch(range(400)), seed=1)
+    assert len(set(drawn.rows)) == 2
+    assert 0.1 < max(drawn.rows) < 0.5
+    assert 0.1 < drawn.second < 0.5
+    assert drawn.second != max(drawn.rows)
+
+
+def test_views_follow_from_the_random_state():
+    pixels = torch.randint(0, 256, (60, 80, 3), dtype=torch.uint8)
+    crop = MultiCrop((32, 48), (0.25, 1.0), 0.5, (16, 16), (0.05, 0.25), 3)
+    with seeding.sample_state(0, 0, 0):
+        first = crop(pixels)
+    with seeding.sample_state(0, 0, 0):
+        again = crop(pixels)
+    with seeding.sample_state(0, 0, 1):
+        other = crop(pixels)
+    assert [view.shape for view in first] == [(2, 3, 32, 48), (3, 3, 16, 16)]
+    assert all(view.dtype == torch.uint8 for view in first)
+    assert all(map(torch.equal, first, again))
+    assert not any(map(torch.equal, first, other))
+    assert len(MultiCrop((32, 32), (0.25, 1.0), 0.5, (16, 16), (0.05, 0.25), 0)(pixels)) == 1
+
+
+@pytest.mark.parametrize("strategy", ["block", "attmask_hint", "sbam_amr"])
+def test_a_run_continues_bit_for_bit(pictures, tmp_path, strategy):
+    more = ["--masking", strategy]
+    main_pretrain.main(given(pictures, tmp_path / "whole", *more))
+    assert {"train_loss_cls", "train_loss_patch", "train_mask_ratio"} <= log_lines(tmp_path / "whole")[-1].keys()
+    with injected([{"kind": "SIGTERM", "forward": 5}]), pytest.raises(SystemExit):
+        main_pretrain.main(given(pictures, tmp_path / "parts", *more))
+    main_pretrain.main(given(pictures, tmp_path / "parts", *more))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    whole, parts = (content(tmp_path / name)["method"] for name in ("whole", "parts"))
+    assert {"student.pos_embed", "teacher_head.last_layer.weight_v", "center_patch", "masked_embed"} <= whole.keys()
+    torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    main_pretrain.main(given(pictures, folder, "--masking", "attmask_high", "--epochs", 1, "--vis_every", 1))
+    return folder / "checkpoint-last.pth"
+
+
+def test_what_it_leaves_is_the_teacher_as_a_plain_vit(trained, tmp_path, capsys):
+    """Exports compute in timm and Hugging Face what `encode` does; there is no decoder to draw."""
+    opened = checkpoints.open_checkpoint(trained)
+    assert not opened.has_decoder
+    images = torch.randn(2, 3, 32, 32)
+    expected = features.encode_images(opened.model, images, "cls")
+    export.main([str(trained), "--to", "timm", "--output", str(tmp_path / "vit.safetensors")])
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
+    path = {"checkpoint_path": str(tmp_path / "vit.safetensors")}
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=0, global_pool="token", **sizes, **path).eval()
+    torch.testing.assert_close(theirs(images), expected, rtol=1e-5, atol=1e-5)
+    export.main([str(trained), "--to", "hf", "--output", str(tmp_path / "hf")])
+    model = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images).last_hidden_state[:, 0], expected, rtol=1e-5, atol=1e-5)
+    visualize.main([str(trained), "--dataset", "digits", "--rows", "1", "--output", str(tmp_path / "masks.png")])
+    assert "no decoder" in capsys.readouterr().out
+
+
+def test_it_is_fine_tuned_at_another_size(trained, pictures, tmp_path):
+    arguments = ["--dataset", "digits", "--model", "vit_mini_patch4", "--epochs", 1, "--warmup_epochs", 0]
+    arguments += ["--batch_size", 128, "--num_workers", 0, "--output_dir", tmp_path, "--finetune", trained]
+    main_finetune.main([str(argument) for argument in arguments])
+    assert log_lines(tmp_path)[-1]["test_acc1"] > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--method_args", "local_size=36"], "local_size is 36"),
+        (["--method_args", "local_size=18"], "not a whole number of patches"),
+        (["--method_args", "teacher_temp=0"], "teacher_temp is 0"),
+        (["--method_args", "warmup_teacher_patch_temp=0"], "warmup_teacher_patch_temp is 0"),
+        (["--method_args", "pred_ratio=[0,0.9]", "pred_ratio_var=0.2"], "from 0 to 1"),
+        (["--method_args", "pred_ratio=[0,0.3]", "pred_ratio_var=[0.1]"], "as many of each"),
+        (["--method_args", "local_crops_scale=0.3"], "local_crops_scale"),
+        (["--method_args", "momentum=1.5"], "momentum is 1.5"),
+        (["--method_args", "out_dim=0"], "out_dim is 0"),
+        (["--method_args", "ratio_per=image"], "choose view or step"),
+        (["--masking", "amt"], "needs boxes, maps"),
+        (["--in_chans", "1"], "changes colours"),
+        (["--model", "mae_vit_mini_patch4"], "is no IBOTViT"),
+        (["--method", "mae", "--model", "mae_vit_mini_patch4", "--masking", "attmask_high"], "needs attention"),
+    ],
+)
+def test_mistakes_are_one_sentence(pictures, tmp_path, capsys, arguments, said):
+    assert said in refusal(main_pretrain.main, given(pictures, tmp_path, *arguments), capsys)
