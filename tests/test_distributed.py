@@ -41,7 +41,8 @@ def test_loss_and_gradients_do_not_depend_on_the_layout(steps, method, strategy,
     assert found["gradients"].keys() == expected["gradients"].keys()
     assert max(gradient.abs().max() for gradient in expected["gradients"].values()) > 1e-3
     for name, gradient in expected["gradients"].items():
-        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+        bound = 1e-6 * max(1.0, gradient.abs().max().item())  # iBOT's new heads have gradients of a thousand
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-5, atol=bound, msg=name)
     if strategy == "sbam_amr":
         assert len(set(expected["kept"])) > 2
 

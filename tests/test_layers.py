@@ -18,7 +18,7 @@ LAYERS = [
     {"masking"},
     {"models_base"},
     {"models_mae"},
-    {"models_simmim", "models_bootmae"},
+    {"models_simmim", "models_bootmae", "models_ibot"},
     {"models_vit"},
     {"methods"},
     {"engine_pretrain"},

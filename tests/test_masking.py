@@ -67,7 +67,8 @@ def test_a_seed_or_the_noise_it_draws_gives_the_same_mask(name):
     other = masked(strategy, tokens)
     assert torch.equal(first.mask, again.mask)
     assert torch.equal(first.ids_restore, given.ids_restore)
-    assert not torch.equal(first.ids_restore, other.ids_restore)
+    draws = name not in ("attmask_high", "attmask_low")  # attention alone decides
+    assert torch.equal(first.ids_restore, other.ids_restore) != draws
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
