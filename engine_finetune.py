@@ -96,10 +96,10 @@ def fit(
         line |= {f"test_{name}": value for name, value in test.items()}
         context.log.epoch(line | {"test_acc1_best_epoch": state.best, "epoch": epoch})
         job.exits.save_epoch(epoch)
-    if state.start_epoch >= settings.epochs:
+    if state.start_epoch > settings.last_epoch:
         context.signals.leave_at_once()
         context.log.say(_describe("finished before", evaluate_now(), state.best))
-    job.exits.finish()
+    job.exits.end()
 
 
 def evaluate_only(context: Context, given: inputs.Inputs, model: VisionTransformer) -> None:

@@ -77,7 +77,7 @@ def train(context: Context, inputs: Inputs) -> None:
         job.exits.save_epoch(epoch)
     if settings.epochs == 0 and state.start_epoch == 0:
         job.exits.save_epoch(-1)  # the untrained model, to compare with
-    job.exits.finish()
+    job.exits.end()
 
 
 def check(settings: PretrainSettings) -> Inputs:

@@ -116,9 +116,9 @@ class Monitor:
         """Find what is due after `epoch`. Writes nothing, so that it can be broken off at any moment."""
         found = Look()
         with undisturbed(model):
-            if is_due(self.settings.eval_every, epoch, self.settings.epochs):
+            if is_due(self.settings.eval_every, epoch, self.settings.last_epoch):
                 found = self.evaluate(model)
-            if is_due(self.settings.vis_every, epoch, self.settings.epochs):
+            if is_due(self.settings.vis_every, epoch, self.settings.last_epoch):
                 found.picture = self.picture(model)
         return found
 
@@ -199,12 +199,12 @@ def salience_of_set(
 
 def due(settings: PretrainSettings, epoch: int) -> bool:
     """Return whether there is something to look at after `epoch`."""
-    return any(is_due(every, epoch, settings.epochs) for every in (settings.eval_every, settings.vis_every))
+    return any(is_due(every, epoch, settings.last_epoch) for every in (settings.eval_every, settings.vis_every))
 
 
-def is_due(every: int | None, epoch: int, epochs: int) -> bool:
+def is_due(every: int | None, epoch: int, last_epoch: int) -> bool:
     """Return True after every `every`-th epoch and after the last."""
-    return every is not None and ((epoch + 1) % every == 0 or epoch + 1 == epochs)
+    return every is not None and ((epoch + 1) % every == 0 or epoch == last_epoch)
 
 
 @contextlib.contextmanager

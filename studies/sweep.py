@@ -123,12 +123,12 @@ def check(runs: Iterable[SweepRun]) -> None:
         for step in run.steps:
             _ = step.settings
         settings = run.steps[0].settings
-        every, last = settings.save_every_epochs, settings.epochs - 1
-        kept = [e for e in range(settings.epochs) if every is not None and (e % every == 0 or e == last)]
+        every, last = settings.save_every_epochs, settings.last_epoch
+        kept = [e for e in range(last + 1) if every is not None and (e % every == 0 or e == last)]
         kept = kept[-settings.keep_last :] if settings.keep_last else kept
         for label in {step.label for step in run.steps} - {None, LAST, *map(str, kept)}:
             raise ValueError(
-                f"checkpoints: {label}: {run.folder.name} keeps none of this epoch, with --epochs {settings.epochs} "
+                f"checkpoints: {label}: {run.folder.name} keeps none of this epoch, with epoch {last} the last, "
                 f"--save_every_epochs {every} --keep_last {settings.keep_last}; choose one of {[LAST, *kept]}"
             )
         run.check()

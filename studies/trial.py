@@ -59,7 +59,7 @@ class Step:
 
     def is_done(self) -> bool:
         """Return whether the result is there, and is that of this command and of the checkpoint that is there."""
-        complete = _last_epoch(self.folder) >= self.settings.epochs - 1 if self.settings else bool(self._result())
+        complete = _last_epoch(self.folder) >= self.settings.last_epoch if self.settings else bool(self._result())
         return complete and not self.differences()
 
     def begin(self) -> None:
@@ -85,7 +85,7 @@ class Step:
         """Return what a measurement that is done found."""
         if not self.settings:
             return _numbers(self._result())
-        line = epoch_line(self.folder, self.settings.epochs - 1)
+        line = epoch_line(self.folder, self.settings.last_epoch)
         return {f"{self.task}_acc1": line["test_acc1"]} if "test_acc1" in line else {}
 
     def _result(self) -> dict[str, Any]:
@@ -120,6 +120,12 @@ class SweepRun:
         pretrain = self.steps[0]
         if not checkpoint.own_checkpoints(pretrain.folder):
             return
+        epoch, last = _last_epoch(pretrain.folder), pretrain.settings.last_epoch
+        if epoch > last < pretrain.settings.epochs - 1 and LAST in {step.label for step in self.steps}:
+            raise ValueError(
+                f"{pretrain.folder}: checkpoint-last.pth is of epoch {epoch}, after --stop_after_epoch {last}; "
+                f"measure checkpoints: [{last}], or name another --output"
+            )
         differences = pretrain.differences()
         told = ", ".join(f"--{name} {there} ({asked} is asked for)" for name, (there, asked) in differences.items())
         there, asked = differences.pop("epochs", (None, 0))
@@ -146,7 +152,7 @@ class SweepRun:
                 continue
             if step.label not in rows:
                 line = epoch_line(
-                    pretrain.folder, pretrain.settings.epochs - 1 if step.label == LAST else int(step.label)
+                    pretrain.folder, pretrain.settings.last_epoch if step.label == LAST else int(step.label)
                 )
                 training = {name: line[name] for name in ("train_loss", "train_mask_ratio") if name in line}
                 rows[step.label] = {**point, "checkpoint": step.label, **training}

@@ -134,6 +134,26 @@ def test_a_longer_training_is_measured_again_and_other_flags_are_an_error(small,
             assert f"{output}/seed=0/pretrain: holds a pre-training with {told}" in said
 
 
+def test_a_part_of_a_schedule_is_measured_and_continued(small, tmp_path, capsys):
+    """As the 400-epoch numbers of a schedule of 800: nothing is trained past the checkpoint that is measured."""
+    output, changes = tmp_path / "o", {"epochs": 3, "stop_after_epoch": 1, "save_every_epochs": 1}
+    folder = output / "seed=0" / "pretrain"
+    path = small(changes, checkpoints=["last"])
+    assert status_of(path, "--output", output, "--only", "seed=0") == 0
+    assert checkpoint.load(folder / "checkpoint-last.pth")["epoch"] == 1
+    assert state_of(path, output) == ([], ["last"])
+    said = refusal(script(), [small(changes, checkpoints=[2]), "--output", output, "--gather"], capsys)
+    assert "keeps none of this epoch, with epoch 1 the last" in said
+
+    whole = small(changes | {"stop_after_epoch": None}, checkpoints=["last"])
+    assert state_of(whole, output) == (["pretrain", "evaluate-last"], [])
+    assert status_of(whole, "--output", output, "--only", "seed=0") == 0
+    assert "checkpoint-last.pth after epoch 1" in (folder / "output.txt").read_text()
+    said = refusal(script(), [small(changes, checkpoints=["last"]), "--output", output, "--gather"], capsys)
+    assert f"{folder}: checkpoint-last.pth is of epoch 2, after --stop_after_epoch 1; measure checkpoints: [1]" in said
+    assert state_of(small(changes, checkpoints=[1]), output) == (["evaluate-1"], [])
+
+
 def test_done_is_what_the_checkpoint_and_a_whole_result_say(small, tmp_path, capsys):
     output = tmp_path / "o"
     folder = output / "seed=0" / "pretrain"

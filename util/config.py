@@ -84,6 +84,9 @@ class Settings:
     )
     save_every_minutes: float = display(10, "minutes between two writings of checkpoint-last.pth within an epoch")
     keep_last: int | None = display(None, "how many checkpoint-{epoch}.pth stay; default: all")
+    stop_after_epoch: int | None = display(
+        None, "epoch (from 0) of the schedule after which the run ends; without it, the same command continues"
+    )
     max_bad_images: float = display(0.001, "share of the pictures that may be undecodable; more stop the run")
     max_skipped_steps: int = display(10, "steps in a row that may be skipped because loss or gradient is not finite")
     dist_timeout: float = display(1800, "seconds after which a process that waits for the others gives up")
@@ -100,6 +103,11 @@ class Settings:
         self._check_minimum(0, "save_every_minutes", "max_skipped_steps")
         self._check_minimum(0, "epochs", "warmup_epochs", "blr", "lr", "min_lr", "weight_decay", "num_workers", "seed")
         self._check_unit("hflip", "max_bad_images")
+        if self.stop_after_epoch is not None and not 0 <= self.stop_after_epoch < self.epochs:
+            raise ValueError(
+                f"--stop_after_epoch {self.stop_after_epoch}: must be an epoch of the schedule, 0 to "
+                f"{self.epochs - 1}; --epochs is the length of the schedule"
+            )
         if not self.output_dir.strip():
             raise ValueError("--output_dir '': every run saves a checkpoint; name its folder, such as ./output_dir")
         for name in ("input_size", "patch_size"):
@@ -149,6 +157,11 @@ class Settings:
         if self.lr is not None:
             return self.lr
         return self.blr * self.batch_size * self.resolved_accum_iter(world_size) * world_size / 256
+
+    @property
+    def last_epoch(self) -> int:
+        """Return the last epoch that is trained, from 0; -1 if none is."""
+        return self.epochs - 1 if self.stop_after_epoch is None else self.stop_after_epoch
 
     def size(self, name: str) -> tuple[int, int] | None:
         """Return `input_size` or `patch_size` as (height, width); None where the model's own is meant."""

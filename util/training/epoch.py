@@ -85,7 +85,7 @@ class Job:
 
     def epochs(self) -> Iterator[int]:
         """Return the epochs that are left."""
-        return iter(range(self.state.start_epoch, self.context.settings.epochs))
+        return iter(range(self.state.start_epoch, self.context.settings.last_epoch + 1))
 
     def steps(self, epoch: int) -> Iterator[Step]:
         """Yield the steps that are left of `epoch`; each must be `done` before the next is asked for."""

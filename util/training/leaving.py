@@ -71,7 +71,7 @@ class Exits:
     def save_epoch(self, epoch: int) -> None:
         """Write checkpoint-last.pth after `epoch`; checkpoint-{epoch}.pth every `save_every_epochs` and at the end."""
         settings = self.context.settings
-        every, at_end = settings.save_every_epochs, epoch + 1 == settings.epochs
+        every, at_end = settings.save_every_epochs, epoch == settings.last_epoch
         keep = every is not None and epoch >= 0 and (epoch % every == 0 or at_end)
         self.save(epoch, len(self.state.loader), keep_as=epoch if keep else None)
 
@@ -135,6 +135,16 @@ class Exits:
             print(f"error: rank {world.rank()} in epoch {epoch}, step {step}: {problem}", file=sys.stderr, flush=True)
         self.finish()
         raise SystemExit(1)
+
+    def end(self) -> None:
+        """Say so if the schedule goes on after the last epoch; then `finish`."""
+        settings = self.context.settings
+        if settings.last_epoch < settings.epochs - 1:
+            self.context.log.say(
+                f"--stop_after_epoch {settings.stop_after_epoch} of a schedule of {settings.epochs} epochs: done; the "
+                "same command without it continues"
+            )
+        self.finish()
 
     def finish(self) -> None:
         """Wait for the last checkpoint, close the files and leave the process group."""
