@@ -322,7 +322,10 @@ def _check_locals(model: IBOTViT, size: int, scale) -> tuple[int, tuple[float, f
     try:
         check_sizes(size, model.patch_embed.patch_size, 3)
     except ValueError as error:
-        raise ValueError(f"local_size is {size}, which is not a whole number of patches; change it") from error
+        patch = " x ".join(map(str, model.patch_embed.patch_size))
+        raise ValueError(
+            f"local_size is {size}, which is not a whole number of patches of {patch} pixels; choose a multiple"
+        ) from error
     if not isinstance(scale, (list, tuple)) or len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(
             f"local_crops_scale is {scale!r}; give two numbers, the smallest and the largest area, in (0, 1]"

@@ -403,7 +403,8 @@ PUBLISHED = {  # effective batch, peak learning rate on 8 processes
     | {f"vitb16_simmim{masking}": (2048, 4e-4) for masking in ("", "_sbam", "_sbam_amr")},
     "finetune": {"vitb16": (1024, 2e-3), "vitl16": (1024, 4e-3), "vith14": (1024, 4e-3)}
     | {f"vitb16_{method}": (2048, 5e-3) for method in ("simmim", "bootmae")}
-    | {"vitl16_bootmae": (1024, 1.5e-3)},
+    | {"vitl16_bootmae": (1024, 1.5e-3)}
+    | {f"{size}_ibot": (1024, 4e-3) for size in ("vits16", "vitb16")},
     "linprobe": {"vitb16": (16384, 6.4), "vitl16": (16384, 6.4), "vith14": (16384, 6.4)}
     | {"vitl16_bootmae": (16384, 4.48)},
 }

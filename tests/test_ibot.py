@@ -18,6 +18,7 @@ from runs import assert_same_run, content, flags
 import main_finetune
 import main_pretrain
 import masking
+import methods
 from evaluation import checkpoints, features
 from methods import IBOT, At, Inputs
 from methods.ibot import between_views, cross_entropy
@@ -70,12 +71,13 @@ def part(whole: Inputs, rows: slice) -> Inputs:
     return Inputs([view[rows] for view in whole.views], noise, ratios=whole.ratios._replace(rows=tuple(ratios)))
 
 
-def stepping(method: IBOT) -> GradientStep:
+def stepping(method: IBOT, scaler: torch.amp.GradScaler | None = None) -> GradientStep:
     """Steps of AdamW, clipped."""
     optimizer = optim.pretrain_adamw(method.parameter_groups(0.04), torch.device("cpu"), method.betas)
     for group in optimizer.param_groups:
         group["lr"] = 1e-3
-    return GradientStep(method, optimizer, torch.amp.GradScaler("cpu", enabled=False), 3.0, method.clip_each)
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    return GradientStep(method, optimizer, scaler, 3.0, method.clip_each)
 
 
 def test_three_steps_against_the_goldens():
@@ -237,6 +239,25 @@ def test_micro_batches_and_a_skipped_step():
     torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
 
 
+def test_fp16_steps_whose_gradient_overflows_leave_teacher_and_centres_alone():
+    """The loss is finite in each step; its scale makes the gradient overflow until it has been lowered enough."""
+    method, whole, at, skipped = tiny("sbam_amr"), inputs(6), At(6, 1.0, 10), []
+    for parameter in (*method.student.parameters(), *method.head.parameters()):
+        parameter.data += 0.01 * torch.randn_like(parameter)  # apart from the teacher's, which would follow
+    update = stepping(method, torch.amp.GradScaler("cpu", init_scale=2.0**60, backoff_factor=2.0**-20))
+    while not skipped or skipped[-1]:
+        before = {name: value.clone() for name, value in method.state_dict().items()}
+        outcome = train_step(method, [whole], at, update, Averages(torch.device("cpu")), "fp16")
+        assert outcome.loss.isfinite()
+        skipped.append(bool(outcome.skipped))
+        if skipped[-1]:
+            torch.testing.assert_close(method.state_dict(), before, rtol=0, atol=0)
+        assert len(skipped) < 8
+    assert skipped.count(True) > 1
+    for name in ("model.pos_embed", "teacher_head.last_layer.weight_v", "center_cls", "center_patch"):
+        assert not torch.equal(method.state_dict()[name], before[name]), name
+
+
 def test_prototypes_are_frozen_in_the_first_epoch():
     whole = inputs(4)
     for epoch, moves in ((0.5, False), (1.0, True)):
@@ -338,7 +359,12 @@ def test_it_is_fine_tuned_at_another_size(trained, pictures, tmp_path):
     [
         (["--method_args", "local_size=36"], "local_size is 36"),
         (["--method_args", "local_size=18"], "not a whole number of patches"),
+        (["--input_size", "30"], "the height of 30 pixels is not a whole number of patches of 4"),
+        (["--patch_size", "16", "--method_args", "local_size=24"], "local_size is 24, which is not a whole number of"),
+        (["--patch_size", "5"], "the height of 32 pixels is not a whole number of patches of 5"),
         (["--method_args", "teacher_temp=0"], "teacher_temp is 0"),
+        (["--method_args", "teacher_patch_temp=0"], "teacher_patch_temp is 0; it must be a number above 0"),
+        (["--method_args", "student_temp=0"], "student_temp is 0"),
         (["--method_args", "warmup_teacher_patch_temp=0"], "warmup_teacher_patch_temp is 0"),
         (["--method_args", "pred_ratio=[0,0.9]", "pred_ratio_var=0.2"], "from 0 to 1"),
         (["--method_args", "pred_ratio=[0,0.3]", "pred_ratio_var=[0.1]"], "as many of each"),
@@ -349,8 +375,22 @@ def test_it_is_fine_tuned_at_another_size(trained, pictures, tmp_path):
         (["--masking", "amt"], "needs boxes, maps"),
         (["--in_chans", "1"], "changes colours"),
         (["--model", "mae_vit_mini_patch4"], "is no IBOTViT"),
-        (["--method", "mae", "--model", "mae_vit_mini_patch4", "--masking", "attmask_high"], "needs attention"),
     ],
 )
 def test_mistakes_are_one_sentence(pictures, tmp_path, capsys, arguments, said):
     assert said in refusal(main_pretrain.main, given(pictures, tmp_path, *arguments), capsys)
+
+
+@pytest.mark.parametrize("strategy", ["attmask_high", "attmask_hint", "attmask_low"])
+@pytest.mark.parametrize("method", sorted(set(methods.available()) - {"ibot"}))
+def test_masks_by_attention_need_a_method_that_gives_it(pictures, tmp_path, capsys, method, strategy):
+    model = f"{method}_vit_mini_patch4" if method in ("simmim", "bootmae") else "mae_vit_mini_patch4"
+    arguments = ["--data_path", pictures, "--output_dir", tmp_path, "--model", model, "--method", method]
+    said = refusal(main_pretrain.main, [*arguments, "--masking", strategy], capsys)
+    assert f"--masking {strategy}: needs attention, which --method {method} does not give" in said
+
+
+@pytest.mark.parametrize("heads", [5, 96])
+def test_heads_must_share_the_width(heads):
+    with pytest.raises(ValueError, match=f"embed_dim 48 is not divisible by num_heads {heads}"):
+        IBOTViT(img_size=32, patch_size=4, embed_dim=48, depth=1, num_heads=heads)
