@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU alone can show, in about fourteen minutes: scripts/gpu_check.sh [FOLDER for the results, default output_gpu]
+# What a GPU alone can show, in about eighteen minutes: scripts/gpu_check.sh [FOLDER for the results, default output_gpu]
 # The tests marked gpu, the benchmarks, and 200 steps of ViT-B with sbam_amr on real digits, compiled, whose loss must
 # fall and whose graphs must not be compiled again after the first epoch. Uses the Python that is active.
 set -uo pipefail
@@ -17,6 +17,8 @@ run() { # NAME SECONDS COMMAND...: output into a file, the status remembered
 run tests 240 python -m pytest -m gpu -p no:cacheprovider tests/test_gpu.py
 run train 400 python scripts/benchmark.py train --json "$out/train.json"
 run methods 90 python scripts/benchmark.py methods --batch_size 256 --rounds 4 --json "$out/methods.json"
+run methods_compiled 240 python scripts/benchmark.py methods --batch_size 256 --rounds 4 --compile \
+  --json "$out/methods_compiled.json"
 run growth 60 python scripts/benchmark.py growth --models base --batch_size 64 --rounds 3 --json "$out/growth.json"
 run save 60 python scripts/benchmark.py save --rounds 3 --json "$out/save.json"
 rm -rf "$out/digits"
