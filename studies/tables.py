@@ -63,6 +63,40 @@ def summarize(table: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame
     return found[["mean", "half_width", "count"]]
 
 
+def differences(table: pd.DataFrame, name: str, value: str, metrics: list[str]) -> pd.DataFrame:
+    """Subtract from each result that of the row which differs in `name` alone, where it is `value`.
+
+    Pairs of one seed share initial weights and the order of the data, so their differences spread less than the
+    results do.
+
+    Args:
+        table: results; the settings are the columns up to `checkpoint`, or without it all but the metrics.
+        name: the column that is compared.
+        value: its value, as text, in the rows that the others are compared with.
+        metrics: columns of numbers.
+
+    Returns:
+        A row for each result that has such a partner: the settings, and the differences in place of the metrics.
+
+    Raises:
+        ValueError: a column or the value is missing, rows agree in all settings, or no row has a partner.
+    """
+    for column in (name, *metrics):
+        _check_column(table, column)
+    base = where(table, [f"{name}={value}"])
+    settings = list(table.columns[: table.columns.get_loc("checkpoint") + 1]) if "checkpoint" in table else []
+    settings = [column for column in settings or table.columns if column not in metrics]
+    twice = table.duplicated(settings)
+    if twice.any():
+        row = " ".join(f"{column}={table[column][twice].iloc[0]}" for column in settings)
+        raise ValueError(f"the table has two results with {row}; nothing says which to compare")
+    others = [column for column in settings if column != name]
+    pairs = table.drop(base.index).merge(base[[*others, *metrics]], on=others, suffixes=("", "_base"))
+    if pairs.empty:
+        raise ValueError(f"no result differs from one with {name}={value} in {name} alone")
+    return pairs[settings].join(pairs[metrics] - pairs[[f"{metric}_base" for metric in metrics]].to_numpy())
+
+
 def _check_only_seeds_differ(rows: pd.DataFrame, keys: list[str], metric: str) -> None:
     """Raise ValueError unless rows differ in seeds only; a sweep's settings are the columns up to `checkpoint`."""
     settings = list(rows.columns[: rows.columns.get_loc("checkpoint") + 1]) if "checkpoint" in rows else []

@@ -54,6 +54,43 @@ def test_mean_and_confidence_interval_against_scipy():
     assert "| one | 3.00 | 1 |" in tables.markdown(table, ["name"], ["knn"])
 
 
+def test_differences_are_paired_by_seed(tmp_path, capsys):
+    rows = [
+        {"masking": name, "mask_ratio": ratio, "seed": seed, "checkpoint": "last", "knn": value, "linear": -value}
+        for name, ratio, values in (
+            ("random", 0.5, (60.0, 70.0, 80.0)),
+            ("sbam", 0.5, (61.0, 72.0, 83.0)),
+            ("sbam", 0.7, (90.0, 90.0, 90.0)),  # without a partner
+        )
+        for seed, value in enumerate(values)
+    ]
+    table = pd.DataFrame(rows)
+    found = tables.differences(table, "masking", "random", ["knn", "linear"])
+    assert found["knn"].tolist() == [1, 2, 3]
+    assert found["linear"].tolist() == [-1, -2, -3]
+    table.to_csv(tmp_path / "results.csv", index=False)
+    half = stats.t.ppf(0.975, 2) / 3**0.5  # of 1, 2, 3: their standard deviation is 1
+    script("compare")([str(tmp_path / "results.csv"), "--to", "masking=random", "--metric", "knn", "linear"])
+    assert f"| sbam | 2.00 ± {half:.2f} | -2.00 ± {half:.2f} | 3 |" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_said(tmp_path, capsys):
+    table = pd.DataFrame({"masking": ["random", "sbam"], "seed": [0, 1], "checkpoint": "last", "knn": [60.0, 61.0]})
+    for given, said in (
+        (["--to", "masking"], "NAME=VALUE"),
+        (["--to", "masking=amt"], "no row has it"),
+        (["--to", "mask=random"], "no column 'mask'"),
+        (["--to", "masking=random", "--metric", "top1"], "no column 'top1'"),
+        (["--to", "masking=random"], "no result differs"),
+    ):
+        table.to_csv(tmp_path / "results.csv", index=False)
+        assert said in refused(capsys, "compare", tmp_path / "results.csv", *given)
+    pd.concat([table, table]).to_csv(tmp_path / "results.csv", index=False)
+    assert "two results with masking=random seed=0" in refused(
+        capsys, "compare", tmp_path / "results.csv", "--to", "masking=random"
+    )
+
+
 def write(tmp_path):
     rows = [
         {"masking": name, "mask_ratio": ratio, "seed": seed, "checkpoint": "last", "knn": value + seed, "note": "None"}
