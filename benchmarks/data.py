@@ -25,6 +25,7 @@ from benchmarks.pictures import write_jpegs
 from util import cli, seeding
 from util.data import crop, decode
 from util.data.datasets import ImageSet
+from util.data.multi_crop import MultiCrop
 from util.data.resize import resize_image
 from util.data.sources import Files, Source
 from util.data.tar_shards import TarShards
@@ -66,18 +67,18 @@ def measure(folder: Path, pictures: int, rounds: int, compared: int) -> list[dic
     sources: dict[str, Source] = {name: Files(map(str, paths)) for name, paths in files.items()}
     sources["short side 256, pixels"] = pixel_shard(files["original"], folder / "pixels.tar", short_side=256)
     sets = {name: ImageSet(source, [0] * pictures, (), 3) for name, source in sources.items()}
-    contenders = {"MAE's: PIL, ToTensor, Normalize": _over(files["original"], _Baseline())}
+    contenders = {"MAE's: PIL, ToTensor, Normalize": over_files(files["original"], _Baseline())}
     crops: dict[str, Crop] = {}
     differences = {}
     for name, exact, kind in _ours(sets):
         transform = (crop.PictureCrop if exact else crop.PixelCrop)(SIZE, SCALE, 0.5)
-        contenders[name] = _over_set(sets[kind], transform)
+        contenders[name] = over_set(sets[kind], transform)
         if kind == "original":
             crops[name] = _ours_crop(exact)
         else:
             differences[name] = resized_difference(sources["original"], sources[kind], compared)
     for name, function in candidates().items():
-        contenders[name], crops[name] = _over(files["original"], function), function
+        contenders[name], crops[name] = over_files(files["original"], function), function
     differences |= {name: difference(function, files["original"], compared) for name, function in crops.items()}
     seconds = timing.interleave(contenders, rounds, warmup=2)
     baseline = next(iter(contenders))
@@ -247,7 +248,9 @@ def _region_decoder(nvimgcodec) -> Crop:
     return run
 
 
-def _over(files: list[Path], function: Callable[[bytes], object]) -> Callable[[], None]:
+def over_files(files: list[Path], function: Callable[[bytes], object]) -> Callable[[], None]:
+    """Return what reads every file and calls `function` with its content."""
+
     def run() -> None:
         for number, path in enumerate(files):
             torch.default_generator.manual_seed(number)
@@ -256,7 +259,8 @@ def _over(files: list[Path], function: Callable[[bytes], object]) -> Callable[[]
     return run
 
 
-def _over_set(images: ImageSet, transform: crop.PixelCrop) -> Callable[[], None]:
+def over_set(images: ImageSet, transform: crop.PixelCrop | MultiCrop) -> Callable[[], None]:
+    """Return what decodes every image of the set and calls `transform` with it."""
     load = images.pixels if transform.takes_pixels else images.picture
 
     def run() -> None:

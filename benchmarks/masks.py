@@ -10,8 +10,8 @@ import torch
 import masking
 from benchmarks import report
 from benchmarks.contenders import Ours
-from benchmarks.timing import Spread, interleave, ratio
-from benchmarks.training import CLOCKS, MODELS, REFERENCE, add_device_flags
+from benchmarks.timing import CLOCKS, Spread, interleave, ratio
+from benchmarks.training import MODELS, REFERENCE, add_device_flags
 from util import precision
 
 CASES = {

@@ -15,8 +15,8 @@ import models_mae
 from benchmarks import report
 from benchmarks.contenders import SpreadCounts
 from benchmarks.measure import matmul_peak, optimizer_tensors, peak_memory
-from benchmarks.timing import Spread, interleave, ratio, short
-from benchmarks.training import CLOCKS, add_device_flags
+from benchmarks.timing import CLOCKS, Spread, interleave, ratio, short
+from benchmarks.training import add_device_flags
 from methods import At, Inputs
 from util import optim, precision
 from util.data import transforms

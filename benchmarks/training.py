@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from collections.abc import Callable
 
 import torch
@@ -13,12 +12,11 @@ import masking
 from benchmarks import report
 from benchmarks.contenders import Contender, Ours, SpreadCounts, hugging_face, plain_mae
 from benchmarks.measure import matmul_peak, peak_memory, training_flops
-from benchmarks.timing import Spread, interleave, ratio, short
+from benchmarks.timing import CLOCKS, Spread, add_clock_flag, interleave, ratio, short
 from util import cli, precision
 
 MODELS = {"base": "mae_vit_base_patch16", "large": "mae_vit_large_patch16", "small": "mae_vit_small_patch16"}
 REFERENCE = "random"
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 def main(argv: list[str]) -> None:
@@ -65,9 +63,7 @@ def add_device_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
     parser.add_argument("--amp", choices=("bf16", "fp16", "none"), help="default: bf16 on a GPU, none on the CPU")
     parser.add_argument("--rounds", type=int, default=10 if gpu else 5, help="times every contender has its turn")
-    parser.add_argument(
-        "--clock", choices=sorted(CLOCKS), default="wall", help="cpu: for a machine that others use too"
-    )
+    add_clock_flag(parser)
     parser.add_argument("--json", type=cli.path_text, help="file for the numbers")
 
 

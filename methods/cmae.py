@@ -7,7 +7,6 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms import v2
 
 from masking import Mask
 from masking.base import Strategy, check_number, check_share
@@ -17,6 +16,7 @@ from methods.teacher import follow, teacher_of
 from models_mae import MaskedAutoencoderViT, init_linear
 from util import lr_sched, precision, seeding
 from util.config import PretrainSettings
+from util.data.colours import Colours
 from util.data.crop import PixelCrop
 from util.data.step_loader import MicroBatch
 from util.distributed import world
@@ -37,13 +37,7 @@ class ShiftedViews:
     def __init__(self, size: tuple[int, int], scale: tuple[float, float], hflip: float, shift: int):
         self.size, self.shift = size, shift
         self.crop = PixelCrop((size[0] + shift, size[1] + shift), scale, hflip)
-        self.colours = v2.Compose(
-            [
-                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-                v2.RandomGrayscale(0.2),
-                v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),
-            ]
-        )
+        self.colours = Colours((0.4, 0.4, 0.4, 0.1), blur=0.5)
 
     def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """pixels (H, W, 3) -> two views (3, h, w), `uint8`."""
@@ -53,7 +47,7 @@ class ShiftedViews:
         top, left = torch.randint(0, max(self.shift, 1), (2,)).tolist()
         height, width = self.size
         second = crop[:, top : top + height, left : left + width]
-        return crop[:, :height, :width].contiguous(), self.colours(second.contiguous())
+        return crop[:, :height, :width].contiguous(), self.colours(second)
 
 
 class FeatureDecoder(nn.Module):

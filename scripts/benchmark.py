@@ -7,6 +7,7 @@
     growth  a step's time over batch, image size and mask ratio
     save    what a checkpoint costs the training that goes on
     data    decoding and augmentation, images per second and core
+    views   the same for the views of iBOT
 
 Contenders take turns in one process: compare numbers of one run only.
 """
@@ -25,7 +26,7 @@ def main(argv: list[str]) -> int:
     if word in ("-h", "--help"):
         print(__doc__)
         return 0
-    from benchmarks import data, masks, methods, saving, training
+    from benchmarks import data, masks, methods, saving, training, views
 
     commands = {
         "train": training.main,
@@ -34,10 +35,11 @@ def main(argv: list[str]) -> int:
         "growth": training.growth,
         "save": saving.main,
         "data": data.main,
+        "views": views.main,
     }
     if word not in commands:
         print(
-            f"benchmark.py: error: {word or 'nothing'}: say train, methods, masks, growth, save or data",
+            f"benchmark.py: error: {word or 'nothing'}: say train, methods, masks, growth, save, data or views",
             file=sys.stderr,
         )
         return 2

@@ -13,9 +13,12 @@ from helpers import ROOT, environment, tiny_mae, varied_images
 from torch.utils.flop_counter import FlopCounterMode
 
 import masking
-from benchmarks import methods, report, saving, timing
+from benchmarks import methods, report, saving, timing, views
 from benchmarks.contenders import PaddedMAE, SpreadCounts
 from benchmarks.measure import peak_memory, training_flops
+from benchmarks.pictures import write_jpegs
+from util.data import decode
+from util.data.multi_crop import MultiCrop
 from util.training import checkpoint
 
 
@@ -106,4 +109,19 @@ def test_an_unknown_benchmark_is_one_sentence():
     command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "speed"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment())
     assert result.returncode == 2
-    assert "say train, methods, masks, growth, save or data" in result.stderr
+    assert "say train, methods, masks, growth, save, data or views" in result.stderr
+
+
+def test_every_way_to_the_views_is_timed(tmp_path):
+    views.main(["--pictures", "1", "--rounds", "1", "--json", str(tmp_path / "out.json")])
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert len(rows) == 4
+    assert all(float(row["images/s/core"]) > 0 for row in rows)
+
+
+def test_the_authors_views_are_as_many_and_as_large_as_ours(tmp_path):
+    content = write_jpegs(tmp_path, 1)[0].read_bytes()
+    crop = MultiCrop(views.SIZE, views.SCALE, 0.5, views.LOCAL_SIZE, views.LOCAL_SCALE, views.LOCAL_NUMBER)
+    large, small = crop(decode.to_pixels(content, 3))
+    theirs = views.PILViews()(content)
+    assert [view.shape for view in theirs] == [view.shape for view in (*large, *small)]

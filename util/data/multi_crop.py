@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torchvision.transforms import v2
 
+from util.data.colours import Colours
 from util.data.crop import PixelCrop
 
 
@@ -35,7 +35,8 @@ class MultiCrop:
         self.locals = PixelCrop(local_size, local_scale, hflip)
         self.number = local_number
         # The last steps of the first global view, of the second, and of the local ones.
-        self.colours = (Colours(1.0), Colours(0.1, solarize=0.2), Colours(0.5))
+        jitter = 0.4, 0.4, 0.2, 0.1
+        self.colours = Colours(jitter, blur=1.0), Colours(jitter, blur=0.1, solarize=0.2), Colours(jitter, blur=0.5)
 
     def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """pixels (H, W, 3) -> global views (2, 3, h, w) and, if there are any, local ones (n, 3, h', w'), `uint8`."""
@@ -47,27 +48,4 @@ class MultiCrop:
     def _view(pixels: torch.Tensor, crop: PixelCrop, colours: Colours) -> torch.Tensor:
         view, flip, _ = crop(pixels)
         view = view.permute(2, 0, 1)
-        return colours((view.flip(2) if flip else view).contiguous())
-
-
-class Colours:
-    """Jitter, grey, blur and solarisation of one view.
-
-    Args:
-        blur: probability of the blur.
-        solarize: probability of the solarisation.
-    """
-
-    def __init__(self, blur: float, solarize: float = 0.0):
-        steps = [
-            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-            v2.RandomGrayscale(0.2),
-            v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=blur),
-        ]
-        if solarize:
-            steps.append(v2.RandomSolarize(128, p=solarize))
-        self.steps = v2.Compose(steps)
-
-    def __call__(self, view: torch.Tensor) -> torch.Tensor:
-        """(3, h, w) `uint8` -> the same."""
-        return self.steps(view)
+        return colours(view.flip(2) if flip else view)
