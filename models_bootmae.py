@@ -198,7 +198,7 @@ class BootMAEViT(MaskedModel):
         """
         cls_token, layout = self.cls_token + self.pos_embed[:, :1], None if mask is None else mask.kept.layout
         if mask is None:
-            x = torch.cat([cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            x = torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         else:
             x = self.with_class_token(tokens.flatten(0, 1)[mask.kept.patches], mask, cls_token)
         first = None

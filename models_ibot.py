@@ -121,7 +121,7 @@ class IBOTViT(MaskedModel):
         """Return the encoder's output, and the input of its last block."""
         if mask is not None:
             tokens = tokens.flatten(0, 1)[mask.kept.patches].view(len(tokens), -1, tokens.shape[-1])
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype).expand(len(tokens), -1, -1)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         x = before = torch.cat([cls_token, tokens], dim=1)
         for block in self.blocks:
             before = x

@@ -120,7 +120,7 @@ class MaskedAutoencoderViT(MaskedModel):
         """
         if mask is not None:
             return self._encode_kept(tokens.flatten(0, 1)[mask.kept.patches], mask)
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)  # (N, 1, D)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)  # (N, 1, D)
         return self.norm(self._run(self.blocks, torch.cat([cls_token, tokens], dim=1)))
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ class MaskedAutoencoderViT(MaskedModel):
         Returns:
             (N, heads, L) fp32, after the softmax; the class token's attention to itself is left out.
         """
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(images), -1, -1)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(images.shape[0], -1, -1)
         x = self._run(self.blocks[:-1], torch.cat([cls_token, self.embed(images)], dim=1))
         last = self.blocks[-1]
         return last.attn.weights_of_first(last.norm1(x))[..., 1:]

@@ -21,7 +21,7 @@ class DrawnDepthBlock(Block):
 
     def draw(self, x: torch.Tensor) -> torch.Tensor:
         """Draw what the two branches are multiplied by, for each image of x (N, L + 1, D): (2, N, 1, 1)."""
-        ones = x.new_ones(len(x), 1, 1)
+        ones = x.new_ones(x.shape[0], 1, 1)
         return torch.stack([self.drop_path1(ones), self.drop_path2(ones)])
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -120,7 +120,7 @@ class SimMIMViT(MaskedModel, Beit):
         """Encode tokens (N, L, D), those that `mask` removes replaced -> (N, L + 1, D), the class token first."""
         if mask is not None:
             tokens = torch.where(mask.mask[..., None], self.mask_token.to(tokens.dtype), tokens)
-        x = torch.cat([self.cls_token.to(tokens.dtype).expand(len(tokens), -1, -1), tokens], dim=1)
+        x = torch.cat([self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
         bias = self.rel_pos_bias()  # (1, heads, L + 1, L + 1)
         for block in self.blocks:
             kept = block.draw(x)

@@ -55,23 +55,26 @@ class Exportable:
 
     def model(self) -> nn.Module:
         """Build the model of these tensors without memory: of pre-training, or a classifier."""
-        return bare_model(self.settings, self.state, self.probe_blocks)
+        with torch.device("meta"):
+            return build_model(self.settings, self.state, self.probe_blocks)
 
 
-def bare_model(settings: PretrainSettings, state: tensor_names.State, probe_blocks: int | None) -> nn.Module:
-    """Build the model that `state` belongs to, without memory: of pre-training, or a classifier."""
-    with torch.device("meta"):
-        if any(name.startswith(("head.", "fc_norm.")) for name in state):
-            model = models_vit.create_model(
-                settings.model.removeprefix("mae_").removeprefix("ibot_"),
-                num_classes=1,
-                img_size=settings.size("input_size"),
-                patch_size=settings.size("patch_size"),
-                in_chans=settings.in_chans,
-                global_pool="fc_norm.weight" in state,
-            )
-        else:
-            model = base.build_model(settings)
+def build_model(settings: PretrainSettings, state: tensor_names.State, probe_blocks: int | None) -> nn.Module:
+    """Build the model that `state` belongs to, not yet with its tensors: of pre-training, or a classifier.
+
+    A classifier has a head where `state` holds a plain one.
+    """
+    if any(name.startswith(("head.", "fc_norm.")) for name in state):
+        model = models_vit.create_model(
+            settings.model.removeprefix("mae_").removeprefix("ibot_"),
+            num_classes=len(state.get("head.weight", ())),
+            img_size=settings.size("input_size"),
+            patch_size=settings.size("patch_size"),
+            in_chans=settings.in_chans,
+            global_pool="fc_norm.weight" in state,
+        )
+    else:
+        model = base.build_model(settings)
     keep_blocks(model, probe_blocks)
     return model
 

@@ -10,12 +10,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from evaluation import checkpoints
-from exporting import hugging_face, tensor_names
+from exporting import graph, hugging_face, tensor_names
 from exporting.exportable import Exportable, check_heads, check_names, load_tensors
 from util.kinds import check_kinds
 from util.training import checkpoint
 
-FORMATS = ("timm", "hf", "safetensors", "mae")
+FORMATS = ("timm", "hf", "safetensors", "mae")  # read and written
+TARGETS = (*FORMATS, "onnx")
+_SUFFIXES = {"timm": (".safetensors", ".pth"), "safetensors": (".safetensors",), "onnx": (".onnx",)}
 _DESCRIPTION = ("args", "grid", "classes")  # what a file of ours tells besides the tensors
 
 
@@ -74,19 +76,19 @@ def write(found: Exportable, target: str | None, path: Path) -> None:
         raise ValueError(
             f"--to mae: {found.settings.model} is a BEiT, whose biases MAE's ViT lacks; use --to timm or --to hf"
         )
-    if path.suffix not in (".pth", ".safetensors") or (target in (None, "mae") and path.suffix != ".pth"):
-        wanted = ".pth" if target in (None, "mae") else ".safetensors or .pth"
-        raise ValueError(f"--output {path}: the name must end in {wanted}")
-    if target == "safetensors" and path.suffix != ".safetensors":
-        raise ValueError(f"--output {path}: the name must end in .safetensors")
+    suffixes = _SUFFIXES.get(target, (".pth",))
+    if path.suffix not in suffixes:
+        raise ValueError(f"--output {path}: the name must end in {' or '.join(suffixes)}")
     state = tensor_names.encoder_or_classifier(found.state) if target == "timm" else found.state
     args = {name: getattr(found.settings, name) for name in checkpoints.OF_MODEL}
     args |= {"probe_blocks": found.probe_blocks} if found.probe_blocks else {}
     described = {"args": args, "grid": list(found.grid), "classes": list(found.classes)}
+    metadata = {name: json.dumps(value) for name, value in described.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in described.items()}
-        save_file({name: value.contiguous() for name, value in state.items()}, path, metadata)
+    if target == "onnx":
+        graph.write_onnx(found, path, metadata)
+    elif path.suffix == ".safetensors":
+        save_file({name: value.contiguous() for name, value in state.items()}, path, {"format": "pt"} | metadata)
     elif target is None:
         checkpoint.save(path, {"model": state} | described)
     else:

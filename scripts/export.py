@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors import SafetensorError
 
-from exporting import formats, hugging_face
+from exporting import formats, graph, hugging_face
 from util import cli
 
 
@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> None:
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
         check_output(given)
+        if given.to == "onnx":
+            graph.check_packages()
         found = formats.read(given.checkpoint, given.source, given.model, given.input_size)
         try:
             formats.write(found, given.to, given.output)
@@ -57,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=cli.path_text, help="file, or folder with --from hf")
     direction = parser.add_mutually_exclusive_group(required=True)
-    direction.add_argument("--to", choices=formats.FORMATS, help="format to write")
+    direction.add_argument("--to", choices=formats.TARGETS, help="format to write")
     direction.add_argument("--from", dest="source", choices=formats.FORMATS, help="format to read; ours is written")
     parser.add_argument("--output", type=cli.path, required=True, help="file, or folder with --to hf")
     parser.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
