@@ -46,6 +46,14 @@ class MaskedModel(nn.Module):
         """Compile the transformer blocks; `options` go to `torch.compile`."""
         raise NotImplementedError
 
+    def take_form_of(self, state: dict[str, torch.Tensor]) -> None:
+        """Become the encoder of a classifier with the tensors `state`, where those differ from pre-training's.
+
+        One of the mean of the patch tokens has no final norm: another one comes after the mean.
+        """
+        if "norm.weight" not in state:
+            self.norm = nn.Identity()
+
     @property
     def num_patches(self) -> int:
         """Return L, the number of patches of an image."""

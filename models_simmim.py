@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from timm.layers import resize_rel_pos_bias_table, to_2tuple
-from timm.models.beit import Beit, Block
+from timm.models.beit import Attention, Beit, Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +24,7 @@ class DrawnDepthBlock(Block):
         ones = x.new_ones(x.shape[0], 1, 1)
         return torch.stack([self.drop_path1(ones), self.drop_path2(ones)])
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor:
         """Transform x (N, L + 1, D) with the position bias and what `draw` gave."""
         x = x + kept[0] * (self.gamma_1 * self.attn(self.norm1(x), shared_rel_pos_bias=bias))
         return x + kept[1] * (self.gamma_2 * self.mlp(self.norm2(x)))
@@ -112,6 +112,15 @@ class SimMIMViT(MaskedModel, Beit):
         """Compile the transformer blocks; `options` go to `torch.compile`."""
         self._run_block = torch.compile(_block, dynamic=False, fullgraph=True, **options)
 
+    def take_form_of(self, state: dict[str, torch.Tensor]) -> None:
+        """Become the encoder of a classifier, which has a position bias in each block, in place of one for all."""
+        super().take_form_of(state)
+        if "blocks.0.attn.relative_position_bias_table" in state:
+            self.rel_pos_bias = None
+            sizes = {"dim": self.embed_dim, "num_heads": self.blocks[0].attn.num_heads}
+            for block in self.blocks:
+                block.attn = Attention(**sizes, qkv_bias=True, window_size=self.patch_embed.grid_size)
+
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Embed (N, C, H, W) -> tokens (N, L, D) in fp32; they hold no position, which is in attention only."""
         return self.embed_patches(images)
@@ -121,7 +130,7 @@ class SimMIMViT(MaskedModel, Beit):
         if mask is not None:
             tokens = torch.where(mask.mask[..., None], self.mask_token.to(tokens.dtype), tokens)
         x = torch.cat([self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        bias = self.rel_pos_bias()  # (1, heads, L + 1, L + 1)
+        bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None  # (1, heads, L + 1, L + 1)
         for block in self.blocks:
             kept = block.draw(x)
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -195,7 +204,7 @@ def _resize(table: torch.Tensor, grid: tuple[int, int], old_grid: tuple[int, int
     return resize_rel_pos_bias_table(table, grid, shape, **told)
 
 
-def _block(block: nn.Module, x: torch.Tensor, bias: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+def _block(block: nn.Module, x: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor:
     return block(x, bias, kept)
 
 

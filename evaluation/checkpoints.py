@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import masking
 import models_mae
 from methods import base
-from models_base import keep_blocks
+from models_base import MaskedModel, keep_blocks
 from util.config import PretrainSettings
 from util.data import transforms
 from util.kinds import check_kinds
@@ -95,28 +94,29 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **chan
     state = encoder_names(checkpoint.model_state(content, path))
     settings, refused = _refuse_code(settings_of(content, state, path, changes), path, changes)
     assumed = "" if changes.get("input_size") else assumed_shape(content, state)
+    blocks = probe_blocks(content, path)
     with torch.device("meta"):
-        model = base.build_model(settings)
-    keep_blocks(model, probe_blocks(content, path))
-    wanted = set(model.state_dict())
+        wanted = _build(settings, blocks, state).state_dict()
     has_decoder = any(name.startswith("decode") for name in state)
     needed = {name for name in wanted if has_decoder or not name.startswith(checkpoint.DECODERS)}
-    if "norm.weight" not in state:  # fine-tuned on the mean of the patch tokens: the classifier has a norm of its own
-        needed -= {"norm.weight", "norm.bias"}
-    current = model.state_dict()
-    difference = checkpoint.describe_difference({name: current[name] for name in needed}, state)
+    difference = checkpoint.describe_difference({name: wanted[name] for name in needed}, state)
     if difference:
         raise ValueError(f"{path}: not the architecture {settings.model}, name it with --model: {difference}")
     checkpoint.check_finite(path, {name: state[name] for name in needed})
-    model = base.build_model(settings)
-    keep_blocks(model, probe_blocks(content, path))
-    if "norm.weight" not in state:
-        model.norm = nn.Identity()
+    model = _build(settings, blocks, state)
     model.load_state_dict({name: state[name] for name in needed}, strict=False)
     try:
         return _opened(model, settings, device, has_decoder=has_decoder, assumed=assumed, refused=refused)
     except ValueError as error:
         raise ValueError(f"{path}: its settings cannot be used: {error}") from error
+
+
+def _build(settings: PretrainSettings, blocks: int | None, state: dict[str, torch.Tensor]) -> MaskedModel:
+    """Build the model that `state` is of, or is the encoder of, on the current default device."""
+    model = base.build_model(settings)
+    keep_blocks(model, blocks)
+    model.take_form_of(state)
+    return model
 
 
 def _refuse_code(settings: PretrainSettings, path: str | Path, changes: dict) -> tuple[PretrainSettings, dict]:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from helpers import ROOT, write_pictures
 
+import main_finetune
+import main_linprobe
 import models_mae
 import models_vit
 from evaluation import checkpoints, drawing, features, figures, measure, monitor
@@ -35,6 +37,38 @@ def pretrained(path, **settings):
     grid = list(model.patch_embed.grid_size)
     checkpoint.save(path, {"model": model.state_dict(), "args": found.as_dict(), "grid": grid})
     return model
+
+
+CLASSIFIERS = {"mae": "vit_mini_patch4", "ibot": "vit_mini_patch4"}  # of the other methods: the model's own name
+
+
+@pytest.mark.parametrize("pool", ["--cls_token", "--global_pool"])
+@pytest.mark.parametrize("main", [main_finetune, main_linprobe], ids=lambda main: main.__name__)
+@pytest.mark.parametrize("method", ["mae", "simmim", "bootmae", "ibot"])
+def test_a_classifier_of_every_method_is_measured(tmp_path, method, main, pool):
+    """Its features are those that its own head gets."""
+    settings = PretrainSettings(model=f"{method}_vit_mini_patch4", dataset="digits")
+    torch.manual_seed(1)
+    state = {
+        name: value + 0.1 * torch.randn_like(value) for name, value in base.build_model(settings).state_dict().items()
+    }
+    checkpoint.save(tmp_path / "encoder.pth", {"model": state, "args": settings.as_dict(), "grid": [4, 4]})
+    name = CLASSIFIERS.get(method, settings.model)
+    given = ["--dataset", "digits", "--model", name, "--finetune", tmp_path / "encoder.pth", pool, "--epochs", 1]
+    given += ["--warmup_epochs", 0, "--batch_size", 512, "--num_workers", 0, "--output_dir", tmp_path / "run"]
+    main.main([str(value) for value in given])
+    path, images = tmp_path / "run" / checkpoint.LAST, torch.randn(3, 3, 16, 16)
+
+    classifier = models_vit.create_model(name, num_classes=10, global_pool=pool == "--global_pool").eval()
+    classifier.load_state_dict(checkpoints.encoder_names(checkpoint.load(path)["model"]), strict=False)
+    with torch.no_grad():
+        tokens = classifier.forward_features(images)
+    opened = checkpoints.open_checkpoint(path)
+    for kind, expected in (("tokens", tokens[:, 1:]), ("cls", tokens[:, 0])):
+        found = features.encode_images(opened.model, images, kind)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    script("evaluate")([str(path), "--metrics", "knn", "--output", str(tmp_path / "result.json")])
+    assert json.loads((tmp_path / "result.json").read_text())["knn"] > 20
 
 
 def test_a_checkpoint_of_pretraining_tells_everything(tmp_path):
