@@ -117,16 +117,35 @@ def voting_accuracies(
         temperature: above 0.
         top: right is what is among the `top` classes with the most votes.
     """
-    classes, known = int(torch.maximum(train[1].max(), val[1].max())) + 1, F.normalize(train[0].float(), dim=-1)
-    right = [0] * len(neighbours)
+    classes = int(torch.maximum(train[1].max(), val[1].max())) + 1
+    known, right = (F.normalize(train[0].float(), dim=-1), train[1]), [0] * len(neighbours)
     for features, targets in zip(val[0].split(1000), val[1].split(1000), strict=True):
-        cosine, index = (F.normalize(features.float(), dim=-1) @ known.T).topk(min(max(neighbours), len(known)))
-        votes, voted = (cosine / temperature).exp(), train[1][index]
-        for place, number in enumerate(neighbours):
-            total = votes.new_zeros(len(features), classes).scatter_add_(1, voted[:, :number], votes[:, :number])
+        for place, total in enumerate(class_votes(features, known, classes, neighbours, temperature)):
             best = total.argsort(dim=1, descending=True, stable=True)[:, :top]
             right[place] += int((best == targets[:, None]).any(dim=1).sum())
     return [100 * number / len(val[0]) for number in right]
+
+
+@torch.no_grad()
+def class_votes(
+    features: torch.Tensor,
+    known: tuple[torch.Tensor, torch.Tensor],
+    classes: int,
+    neighbours: Sequence[int],
+    temperature: float = 0.07,
+) -> list[torch.Tensor]:
+    """Sum the votes for each class of the nearest known features, (n, classes) for each number of neighbours.
+
+    Args:
+        features: (n, D), all compared at once with all known ones.
+        known: unit vectors (m, D) and their classes (m,).
+        classes: how many there are.
+        neighbours, temperature: as for `voting_accuracies`.
+    """
+    cosine, index = (F.normalize(features.float(), dim=-1) @ known[0].T).topk(min(max(neighbours), len(known[0])))
+    votes, voted = (cosine / temperature).exp(), known[1][index]
+    none = votes.new_zeros(len(features), classes)
+    return [none.scatter_add(1, voted[:, :number], votes[:, :number]) for number in neighbours]
 
 
 def class_token_accuracies(

@@ -16,7 +16,7 @@ from util.data import datasets, sources, transforms
 
 METRICS = ("knn", "rank_me", "salience", "linear", "attentive", "voting")
 _LABELLED = {"knn", "linear", "attentive", "voting"}
-CACHE_GB = 16  # the attentive probe keeps all patch tokens of its images in memory
+CACHE_GB = 16  # the attentive probe and segmentation keep all patch tokens of their images in memory
 
 
 class Named(Dataset):
@@ -82,9 +82,7 @@ def measure(
         ValueError: impossible numbers, no labels, more memory than `CACHE_GB`, or what a checkpoint may not choose.
         SystemExit: not one image can be decoded.
     """
-    for name, number in (("neighbours", neighbours), ("train_images", train_images), ("val_images", val_images)):
-        if number is not None and number < 1:
-            raise ValueError(f"--{name} {number}: must be at least 1")
+    check_numbers(neighbours=neighbours, train_images=train_images, val_images=val_images)
     sets = _open_sets(opened, metrics, train_images, val_images)
     device = opened.normalize.shift.device
     extract = partial(_extract, opened, num_workers)
@@ -124,7 +122,7 @@ def _open_sets(
             f"{sets.without_labels}"
         )
     if "attentive" in metrics:
-        _check_cache(opened, len(sets.train) + len(sets.val))
+        check_cache(opened, len(sets.train) + len(sets.val), "attentive")
     return sets
 
 
@@ -140,10 +138,18 @@ def _salience(opened: Opened, sets: monitor.ImageSets, num_workers: int) -> dict
     return means | {"mask_ratio_histogram": monitor.ratio_histogram(found["mask_ratio"])}
 
 
-def _check_cache(opened: Opened, images: int) -> None:
+def check_numbers(**numbers: int | None) -> None:
+    """Raise ValueError for a number below 1; they have the names of flags."""
+    for name, number in numbers.items():
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} {number}: must be at least 1")
+
+
+def check_cache(opened: Opened, images: int, metric: str) -> None:
+    """Raise ValueError if the patch tokens of so many images take more memory than `CACHE_GB`."""
     size = images * opened.model.num_patches * opened.model.cls_token.shape[-1] * 4 / 1e9
     if size > CACHE_GB:
         raise ValueError(
-            f"--metrics attentive: the patch tokens of {images} images are {size:.0f} GB; "
+            f"--metrics {metric}: the patch tokens of {images} images are {size:.0f} GB; "
             f"lower --train_images and --val_images to below {CACHE_GB} GB, or leave it out"
         )

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Measure a checkpoint's encoder: k-NN, effective rank, salience, a linear and an attentive probe.
+"""Measure a checkpoint's encoder: k-NN, effective rank, salience, a linear and an attentive probe, segmentation.
 
 scripts/evaluate.py output/run/checkpoint-last.pth --data_path /data/imagenet --train_images 100000
+scripts/evaluate.py output/run/checkpoint-last.pth --metrics segmentation --data_path /data/VOC2012
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from evaluation import checkpoints, measure
+from evaluation import checkpoints, measure, segmentation
 from methods import base
 from models_base import keep_blocks
 from util import cli
@@ -33,15 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         opened = open_model(given)
         keep_blocks(opened.model, given.probe_blocks)
         start = time.perf_counter()
-        result = measure.measure(
-            opened,
-            tuple(given.metrics),
-            neighbours=given.neighbours,
-            train_images=given.train_images,
-            val_images=given.val_images,
-            num_workers=given.num_workers,
-            pool=given.pool,
-        )
+        result = measurements(given, opened)
     print(f"images are normalised with {following.describe(base.channel_statistics(opened.settings))}")
     for note in filter(None, [opened.assumed, *opened.refused.values()]):
         print(f"note: {note}")
@@ -54,6 +47,22 @@ def main(argv: list[str] | None = None) -> None:
         path = Path(given.output)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(result, indent=1) + "\n")
+
+
+def measurements(given: argparse.Namespace, opened: checkpoints.Opened) -> dict:
+    """Return what `--metrics` asks for, by name."""
+    shared = {name: getattr(given, name) for name in ("neighbours", "train_images", "val_images")}
+    if "segmentation" not in given.metrics:
+        return measure.measure(opened, tuple(given.metrics), num_workers=given.num_workers, pool=given.pool, **shared)
+    if len(given.metrics) > 1:
+        raise ValueError(
+            f"--metrics {' '.join(given.metrics)}: segmentation needs label masks at --data_path, the others do not; "
+            "measure it alone"
+        )
+    ignored = tuple(given.ignore_index)
+    return segmentation.segment(
+        opened, num_classes=given.num_classes, ignored=ignored, threads=given.num_workers, **shared
+    )
 
 
 def check_output(output: str | None) -> None:
@@ -88,7 +97,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "checkpoint", nargs="?", type=cli.path_text, help="of pre-training, fine-tuning or probing, or published by MAE"
     )
-    parser.add_argument("--metrics", nargs="+", choices=measure.METRICS, default=list(measure.METRICS[:4]))
+    parser.add_argument(
+        "--metrics", nargs="+", choices=[*measure.METRICS, "segmentation"], default=list(measure.METRICS[:4])
+    )
     parser.add_argument("--output", type=cli.path_text, help="JSON file for the numbers")
     parser.add_argument("--neighbours", type=int, default=10, help="k of k-NN")
     parser.add_argument(
@@ -97,10 +108,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--probe_blocks", type=int, help="features: output of so many blocks; default: all")
     parser.add_argument("--train_images", type=int, help="at most so many, evenly spread; default: all")
     parser.add_argument("--val_images", type=int, help="at most so many, evenly spread; default: all")
+    parser.add_argument("--num_classes", type=int, help="segmentation: of how many; default: training masks' labels")
+    parser.add_argument(
+        "--ignore_index", type=int, nargs="*", default=[255], help="segmentation: labels of pixels that do not count"
+    )
     parser.add_argument("--model", help="architecture; without a checkpoint: untrained")
     parser.add_argument("--dataset", help="folder or digits; default: the checkpoint's")
     parser.add_argument(
-        "--data_path", type=cli.path_text, help="folder with train/<class>/ and val/<class>/; default: the checkpoint's"
+        "--data_path",
+        type=cli.path_text,
+        help="folder with train/<class>/ and val/<class>/, or with label masks; default: the checkpoint's",
     )
     parser.add_argument(
         "--input_size", type=int, nargs="+", help="side, or height and width, where no checkpoint tells"
@@ -109,7 +126,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--masking", help="needed where it is your own module:Class, which a checkpoint may not choose")
     parser.add_argument("--seed", type=int, help="for an untrained model: of its weights")
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda where there is one")
-    parser.add_argument("--num_workers", type=int, default=0, help="loader processes")
+    parser.add_argument("--num_workers", type=int, default=0, help="loader processes; segmentation: threads")
     return parser
 
 
