@@ -5,7 +5,7 @@ A sweep file is YAML:
     output: output/digits_ratios            # one folder for each run in it
     pretrain: {config: configs/pretrain/digits.yaml, epochs: 30}    # flags of main_pretrain.py for all runs
     grid: {masking: [random, sbam], mask_ratio: [0.5, 0.7], seed: [0, 1]}   # one run for each combination
-    adjust:                                  # more flags for the runs that match all of `when`
+    adjust:                                  # more flags for the runs that match all of `when`; `measure` likewise
       - {when: {masking: sbam_amr, mask_ratio: 0.9}, set: {masking_args: {delta_r: 0.05}}}
     skip:                                    # combinations to leave out
       - {masking: random, seed: 1}
@@ -55,14 +55,19 @@ def _check_form(content: Any) -> None:
             _check_kind(key, value, KEYS[key])
     for key in REQUIRED:
         _must(bool(content.get(key)), f"the key {key} is missing")
-    for task, given in content["measure"].items():
-        check_known("key", task, MEASURES)
-        if given is not None:
-            _check_kind(f"measure.{task}", given, dict)
+    _check_measure("measure", content["measure"])
     epochs = "epochs" in content["pretrain"] or "epochs" in content["grid"]
     _must(epochs, "pretrain.epochs is missing; a run is done when its last epoch is")
     for label in content.get("checkpoints", []):
         _must(label == LAST or type(label) is int, f"checkpoints: {label} must be last, or an epoch such as 99")
+
+
+def _check_measure(where: str, measure: Any) -> None:
+    _check_kind(where, measure, dict)
+    for task, given in measure.items():
+        check_known("key", task, MEASURES)
+        if given is not None:
+            _check_kind(f"{where}.{task}", given, dict)
 
 
 def _check_grid(content: dict[str, Any]) -> None:
@@ -74,9 +79,11 @@ def _check_grid(content: dict[str, Any]) -> None:
     number = math.prod(map(len, grid.values()))
     _must(number <= MOST_RUNS, f"grid: asks for {number} runs; at most {MOST_RUNS} are possible, so take values out")
     for rule in content.get("adjust", []):
-        right = isinstance(rule, dict) and rule.keys() == {"when", "set"}
-        _must(right, f"adjust: {rule} must have the keys when and set, as {{when: {{seed: 1}}, set: {{lr: 0.1}}}}")
-        _check_kind("adjust: set", rule["set"], dict)
+        right = isinstance(rule, dict) and {"when"} < rule.keys() <= {"when", "set", "measure"}
+        example = "{when: {seed: 1}, set: {lr: 0.1}}"
+        _must(right, f"adjust: {rule} must have the keys when and set (or measure), as {example}")
+        _check_kind("adjust: set", rule.get("set", {}), dict)
+        _check_measure("adjust: measure", rule.get("measure", {}))
         conditions.append(("adjust: when", rule["when"]))
     for key, condition in conditions:
         _check_kind(key, condition, dict)
@@ -152,15 +159,15 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def _run(content: dict[str, Any], point: dict[str, Any], folder: Path) -> SweepRun:
-    options = _merged(content["pretrain"], point)
+    options, measure = _merged(content["pretrain"], point), content["measure"]
     for rule in content.get("adjust", []):
         if _matches(point, rule["when"]):
-            options = _merged(options, rule["set"])
+            options, measure = _merged(options, rule.get("set", {})), _merged(measure, rule.get("measure", {}))
     pretrain = folder / "pretrain"
     steps = [Step("pretrain", (*flags(options), "--output_dir", str(pretrain)), options, pretrain)]
     for label in map(str, content.get("checkpoints", [LAST])):
         source = pretrain / f"checkpoint-{label}.pth"
-        for task, given in content["measure"].items():
+        for task, given in measure.items():
             target, given = folder / f"{task}-{label}", given or {}
             argv = (*flags(given), "--finetune", str(source), "--output_dir", str(target))
             if task == "evaluate":

@@ -95,6 +95,8 @@ class Step:
         """Return what decides the result: settings, without the parts of a batch that is given as a whole; weights."""
         values = self.settings.as_dict() if self.settings else self.given
         free = _FREE | ({"batch_size", "accum_iter"} if values.get("effective_batch_size") else set())
+        if self.source is not None:
+            free = free | {"finetune"}  # where the checkpoint lies; what is in it is compared
         asked = {name: value for name, value in values.items() if name not in free}
         if self.source is not None:
             asked["checkpoint"] = checkpoint.fingerprint(self.source)

@@ -61,6 +61,17 @@ def test_the_grid(tmp_path):
     assert sweep.flags({"epochs": 3, "config": "a.yaml"}) == ["--config", "a.yaml", "--epochs", "3"]
 
 
+def test_what_is_measured_of_some_runs_alone(tmp_path):
+    linprobe = str(ROOT / "configs/linprobe/digits.yaml")
+    rule = {"when": {"masking": "sbam_amr"}, "measure": {"linprobe": {"config": linprobe}, "evaluate": {"pool": "cls"}}}
+    random, amr, _ = sweep.expand(sweep.load(write(tmp_path, adjust=[rule])), tmp_path)
+    assert [step.task for step in random.steps] == ["pretrain", "evaluate"]
+    assert [step.task for step in amr.steps] == ["pretrain", "evaluate", "linprobe"]
+    assert random.steps[1].given == FILE["measure"]["evaluate"]
+    assert amr.steps[1].given == FILE["measure"]["evaluate"] | {"pool": "cls"}
+    assert amr.steps[2].settings.epochs == 8
+
+
 def test_probes_at_intermediate_epochs(tmp_path):
     measure = {"linprobe": {"config": str(ROOT / "configs/linprobe/digits.yaml")}}
     runs = sweep.expand(sweep.load(write(tmp_path, checkpoints=[0, "last"], measure=measure)), tmp_path)
@@ -87,6 +98,9 @@ def test_probes_at_intermediate_epochs(tmp_path):
         ({"adjust": None}, "adjust must be a list"),
         ({"adjust": [{"set": {"lr": 1}}]}, "must have the keys when and set"),
         ({"adjust": [{"when": {"seed": 0}}]}, "must have the keys when and set"),
+        ({"adjust": [{"when": {"seed": 0}, "measure": {"evalute": {}}}]}, "did you mean 'evaluate'?"),
+        ({"adjust": [{"when": {"seed": 0}, "measure": ["evaluate"]}]}, "adjust: measure must be a mapping"),
+        ({"adjust": [{"when": {"seed": 0}, "measure": {"evaluate": 3}}]}, "adjust: measure.evaluate must be a mapping"),
         ({"checkpoints": "last"}, "checkpoints must be a list"),
         ({"checkpoints": ["first"]}, "checkpoints: first must be last, or an epoch"),
         ({"grid": {"seed": [0, 1, 0]}}, "grid.seed has 0 twice"),
@@ -152,8 +166,10 @@ def test_the_batch_is_checked_for_the_processes_of_a_run(tmp_path, capsys):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs/sweeps").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_command_of_our_sweeps_is_accepted(path, monkeypatch):
     monkeypatch.chdir(ROOT)
+    if path.stem.startswith(("fig", "tab")):
+        monkeypatch.setenv("WORLD_SIZE", "8")  # CMAE accumulates no steps
     runs = sweep.expand(sweep.load(path))
-    assert len({found.folder for found in runs}) == len(runs) > 3
+    assert len({found.folder for found in runs}) == len(runs) > 1
     sweep.check(runs)
     for found in runs:
         with torch.device("meta"):

@@ -154,6 +154,22 @@ def test_a_part_of_a_schedule_is_measured_and_continued(small, tmp_path, capsys)
     assert state_of(small(changes, checkpoints=[1]), output) == (["evaluate-1"], [])
 
 
+def test_a_run_of_another_sweep_is_taken_over(small, tmp_path):
+    """Linked, or moved: where its checkpoint lies does not matter, what is in it does."""
+    measure = {"linprobe": {"model": "vit_mini_patch4", "epochs": 1, "batch_size": 6, "num_workers": 0}}
+    measure["linprobe"]["data_path"] = str(tmp_path / "pictures")
+    path = small(measure=measure)
+    assert status_of(path, "--output", tmp_path / "one", "--only", "seed=0") == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "seed=0").symlink_to(tmp_path / "one" / "seed=0")
+    assert state_of(path, tmp_path / "other") == ([], ["last"])
+    pretrain = tmp_path / "one" / "seed=0" / "pretrain"
+    content = checkpoint.load(pretrain / "checkpoint-last.pth")
+    content["model"]["cls_token"] += 1
+    torch.save(content, pretrain / "checkpoint-last.pth")
+    assert state_of(path, tmp_path / "other") == (["linprobe-last"], [])
+
+
 def test_done_is_what_the_checkpoint_and_a_whole_result_say(small, tmp_path, capsys):
     output = tmp_path / "o"
     folder = output / "seed=0" / "pretrain"
