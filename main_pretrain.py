@@ -14,7 +14,7 @@ from util import cli, optim, terminal
 from util.config import PretrainSettings
 from util.data import datasets
 from util.distributed import world
-from util.training import checkpoint, resume
+from util.training import checkpoint, fitting, foreign, resume
 from util.training.context import Context, step_plan
 from util.training.epoch import Job
 from util.training.following import follow
@@ -28,7 +28,7 @@ class Inputs:
 
     images: datasets.ImageSet
     method: methods.Method  # on the meta device
-    weights: dict | None = None  # state dict to start from
+    weights: dict | None = None  # tensors to start from
     notes: list[str] = field(default_factory=list)  # for the log
 
 
@@ -100,11 +100,11 @@ def find_start(settings: PretrainSettings, inputs: Inputs) -> dict | None:
         path, content = own or (settings.resume, checkpoint.load(settings.resume))
         inputs.notes = follow(settings, content, path)
         return resume.check(path, content, model, step_plan(settings, len(inputs.images)), inputs.images)
-    content = checkpoint.load(settings.finetune) if settings.finetune else None
+    content = foreign.read(settings.finetune) if settings.finetune else None
     inputs.notes = follow(settings, content, settings.finetune)
     if content is not None:
-        inputs.weights = checkpoint.model_state(content, settings.finetune)
-        checkpoint.check_state(settings.finetune, model, inputs.weights)
+        inputs.weights, notes = fitting.start_from(settings.finetune, content, model, fitting.fit_pretraining)
+        inputs.notes += notes
     return None
 
 

@@ -18,7 +18,7 @@ from models_base import MaskedModel, keep_blocks
 from util.config import PretrainSettings
 from util.data import transforms
 from util.kinds import check_kinds
-from util.training import checkpoint
+from util.training import checkpoint, foreign
 
 # Settings that say what a model is, and what its images are; the others are of its training.
 OF_MODEL = ("model", "input_size", "patch_size", "in_chans", "norm_pix_loss", "mean", "std")
@@ -37,7 +37,7 @@ class Opened:
         normalize: uint8 images -> the model's input, on the device.
         has_decoder: False for an encoder alone, such as a fine-tuned one.
         trained: False for a model without a checkpoint.
-        assumed: a sentence on what had to be assumed because the checkpoint does not tell it, or nothing.
+        assumed: sentences on what had to be assumed because the checkpoint does not tell it, and on what was left out.
         refused: what the checkpoint names but may not choose, a sentence by setting: code and downloads. `strategy` is
             then random masking.
     """
@@ -75,7 +75,7 @@ def untrained(name: str, device: torch.device | str = "cpu", **changes) -> Opene
 
 
 def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **changes) -> Opened:
-    """Open the model in a checkpoint of this project, of any of its mains, or in one that the MAE authors published.
+    """Open the model in a checkpoint of this project, of any of its mains, or in weights that `foreign.read` knows.
 
     The settings come from the checkpoint; what it does not tell (the name of the architecture, the sizes) is read from
     its tensors' shapes. Nothing that it names is imported, called or downloaded: a masking strategy of one's own, and a
@@ -90,10 +90,10 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **chan
         ValueError: no checkpoint of an architecture in `models_mae`.
     """
     check_device(device)
-    content = checkpoint.load(path)
-    state = encoder_names(checkpoint.model_state(content, path))
+    content = foreign.read(path)
+    state = encoder_names(content["model"])
     settings, refused = _refuse_code(settings_of(content, state, path, changes), path, changes)
-    assumed = "" if changes.get("input_size") else assumed_shape(content, state)
+    notes = [*content.get("notes", ()), "" if changes.get("input_size") else assumed_shape(content, state)]
     blocks = probe_blocks(content, path)
     with torch.device("meta"):
         wanted = _build(settings, blocks, state).state_dict()
@@ -104,9 +104,12 @@ def open_checkpoint(path: str | Path, device: torch.device | str = "cpu", **chan
         raise ValueError(f"{path}: not the architecture {settings.model}, name it with --model: {difference}")
     checkpoint.check_finite(path, {name: state[name] for name in needed})
     model = _build(settings, blocks, state)
+    foreign.check_heads(path, content, model, settings.model)
     model.load_state_dict({name: state[name] for name in needed}, strict=False)
     try:
-        return _opened(model, settings, device, has_decoder=has_decoder, assumed=assumed, refused=refused)
+        return _opened(
+            model, settings, device, has_decoder=has_decoder, assumed="; ".join(filter(None, notes)), refused=refused
+        )
     except ValueError as error:
         raise ValueError(f"{path}: its settings cannot be used: {error}") from error
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 import models_vit
 from evaluation import checkpoints
-from exporting import tensor_names
 from methods import base
 from models_base import keep_blocks
 from util.config import PretrainSettings
-from util.training import checkpoint
+from util.training import checkpoint, tensor_names
 
 
 @dataclass
@@ -79,25 +74,6 @@ def build_model(settings: PretrainSettings, state: tensor_names.State, probe_blo
     return model
 
 
-def json_object(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds an object. ValueError: it does not."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not the settings of a model")
-    return content
-
-
-def load_tensors(path: Path) -> tensor_names.State:
-    """Read the tensors of a safetensors file. ValueError: it is damaged, or has none."""
-    try:
-        return checkpoint.model_state(load_file(path), path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: damaged, or no safetensors file ({error})") from error
-
-
 def check_names(path: Path, found: Exportable) -> None:
     """Raise ValueError unless the tensors are a whole autoencoder, encoder or classifier of the architecture."""
     wanted = checkpoints.encoder_names(found.model().state_dict())
@@ -106,18 +82,3 @@ def check_names(path: Path, found: Exportable) -> None:
     difference = checkpoint.describe_difference(wanted, checkpoints.encoder_names(found.state))
     if difference:
         raise ValueError(f"{path}: not the architecture {found.settings.model}, name it with --model: {difference}")
-
-
-def check_heads(path: Path, found: Exportable, content: dict[str, Any]) -> None:
-    """Raise ValueError for a different number of heads: no tensor holds it, and it would compute something else."""
-    if "heads" not in content:
-        return
-    model = found.model()
-    ours = {"heads": model.blocks[0].attn.num_heads}
-    if found.kind == "autoencoder":
-        ours["decoder_heads"] = model.decoder_blocks[0].attn.num_heads
-    for name, number in ours.items():
-        if content.get(name, number) != number:
-            raise ValueError(
-                f"{path}: {content[name]} {name.replace('_', ' ')}, but {found.settings.model} has {number}"
-            )

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from evaluation import checkpoints
-from exporting import graph, hugging_face, tensor_names
-from exporting.exportable import Exportable, check_heads, check_names, load_tensors
-from util.kinds import check_kinds
-from util.training import checkpoint
+from exporting import graph, hugging_face
+from exporting.exportable import Exportable, check_names
+from util.training import checkpoint, foreign, tensor_names
 
 FORMATS = ("timm", "hf", "safetensors", "mae")  # read and written
 TARGETS = (*FORMATS, "onnx")
 _SUFFIXES = {"timm": (".safetensors", ".pth"), "safetensors": (".safetensors",), "onnx": (".onnx",)}
-_DESCRIPTION = ("args", "grid", "classes")  # what a file of ours tells besides the tensors
 
 
 def read(
@@ -38,14 +34,8 @@ def read(
     path = Path(path)
     given = {"model": model, "input_size": input_size}
     changes = {name: value for name, value in given.items() if value}
-    if source == "hf":
-        state, content = hugging_face.read(path)
-    elif path.suffix == ".safetensors":
-        state, content = _read_safetensors(path)
-    else:
-        content = checkpoint.load(path)
-        state = checkpoint.model_state(content, path)
-        content = {name: content.get(name) for name in _DESCRIPTION}
+    content = foreign.read_folder(path) if source == "hf" else foreign.read(path)
+    state = content["model"]
     settings = checkpoints.settings_of(content, checkpoints.encoder_names(state), path, changes)
     notes = [*content.get("notes", ()), "" if input_size else checkpoints.assumed_shape(content, state)]
     classes = tuple(content.get("classes") or ())
@@ -59,7 +49,7 @@ def read(
     found = Exportable(state, settings, classes, grid, tuple(note for note in notes if note), blocks)
     check_names(path, found)
     checkpoint.check_finite(path, state)
-    check_heads(path, found, content)
+    foreign.check_heads(path, content, found.model(), settings.model)
     return found
 
 
@@ -93,17 +83,3 @@ def write(found: Exportable, target: str | None, path: Path) -> None:
         checkpoint.save(path, {"model": state} | described)
     else:
         checkpoint.save(path, {"model" if target == "mae" else "state_dict": state, "grid": list(found.grid)})
-
-
-def _read_safetensors(path: Path) -> tuple[tensor_names.State, dict[str, Any]]:
-    state = load_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-    content = {}
-    for name in _DESCRIPTION:
-        try:
-            content[name] = json.loads(metadata.get(name, "null"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: its {name} in the metadata are no JSON ({error})") from error
-    check_kinds(path, content, {"args": dict})
-    return state, content

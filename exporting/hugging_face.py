@@ -1,4 +1,4 @@
-"""Hugging Face's folders: ViTMAE and ViT, from our tensors and to them, and BEiT from ours."""
+"""Hugging Face's folders of ViTMAE, ViT and BEiT, out of our tensors."""
 
 from __future__ import annotations
 
@@ -8,23 +8,12 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-import models_mae
-from exporting import tensor_names
-from exporting.exportable import Exportable, json_object, load_tensors
+from exporting.exportable import Exportable
 from methods import base
 from util.files import write_whole
-from util.kinds import check_kinds
 from util.ratios import exact_ratio
+from util.training import tensor_names
 
-_CONFIG_KINDS = {
-    "num_attention_heads": int,
-    "decoder_num_attention_heads": int,
-    "image_size": int | list[int],
-    "mask_ratio": float,
-    "norm_pix_loss": bool,
-    "layer_norm_eps": float,
-    "id2label": dict[str, str],
-}
 HUGGING_FACE_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
 
 
@@ -115,59 +104,3 @@ def write(found: Exportable, folder: Path) -> None:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
     write_whole(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
-
-
-def read(folder: Path) -> tuple[tensor_names.State, dict[str, Any]]:
-    """Read state and a checkpoint's other content from `config.json` and `model.safetensors`."""
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
-        raise ValueError(f"{folder}: needs config.json and model.safetensors, as save_pretrained writes them")
-    config = _read_config(folder)
-    tensors = load_tensors(folder / "model.safetensors")
-    notes = [note for note in (_other_epsilon(config),) if note]
-    pooler = [name for name in tensors if name.startswith("pooler.")]
-    if pooler:
-        notes.append("the pooler is left out: models here have none")
-    try:
-        state = tensor_names.from_hugging_face({name: tensors[name] for name in tensors if name not in pooler})
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    args = {name: config.get(name) for name in ("mask_ratio", "norm_pix_loss")} | {
-        "input_size": config.get("image_size")
-    }
-    if args["mask_ratio"] == 0:  # who wants features of whole images there sets it so
-        args["mask_ratio"] = None
-    processor = folder / "preprocessor_config.json"
-    if processor.is_file():
-        found = json_object(processor)
-        check_kinds(processor, found, {"image_mean": list[float], "image_std": list[float]})
-        args |= {ours: found[name] for ours, name in (("mean", "image_mean"), ("std", "image_std")) if name in found}
-    labels = config.get("id2label") or {}
-    if not all(key.isdecimal() for key in labels):
-        raise ValueError(f"{folder}/config.json: its id2label has the key {min(labels)!r}, and all must be numbers")
-    classes = [labels[key] for key in sorted(labels, key=int)]
-    heads = {"heads": config["num_attention_heads"], "decoder_heads": config.get("decoder_num_attention_heads")}
-    return state, {"args": args, "classes": classes, "notes": notes} | heads
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """Read `config.json`. ValueError: it is of a model that has no counterpart here."""
-    config = json_object(folder / "config.json")
-    check_kinds(folder / "config.json", config, _CONFIG_KINDS)
-    if config.get("model_type") not in ("vit_mae", "vit"):
-        raise ValueError(f"{folder}: model_type is {config.get('model_type')!r}; vit_mae and vit can be converted")
-    if config.get("hidden_act", "gelu") != "gelu":
-        raise ValueError(f"{folder}: hidden_act is {config['hidden_act']!r}; models here have the exact gelu only")
-    if config.get("num_attention_heads") is None:
-        raise ValueError(f"{folder}/config.json: num_attention_heads is missing; save_pretrained writes it")
-    return config
-
-
-def _other_epsilon(config: dict[str, Any]) -> str:
-    """Return a sentence where LayerNorm's epsilon differs from ours, or nothing."""
-    theirs, ours = config.get("layer_norm_eps") or 1e-12, models_mae.layer_norm(1).eps  # 1e-12: transformers' default
-    if theirs == ours:
-        return ""
-    return (
-        f"layer_norm_eps is {theirs:g} there and {ours:g} here, as MAE trains: results differ, little for usual images "
-        "and more for those of hardly any contrast"
-    )

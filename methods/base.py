@@ -138,7 +138,7 @@ class Method(nn.Module):
 
         Args:
             settings: of the run.
-            weights: state dict of the model to start from, before a teacher is made of it.
+            weights: tensors of the model to start from, before a teacher is made of it; the others stay new.
             options: the method's own.
 
         Raises:
@@ -153,7 +153,7 @@ class Method(nn.Module):
         if settings.decode_ratio != 1 and not cls.decodes_part:
             raise ValueError(f"--decode_ratio {settings.decode_ratio}: --method {settings.method} predicts all patches")
         if weights is not None:
-            model.load_state_dict(weights)
+            model.load_state_dict(weights, strict=False)
         check_strategy(strategy, model, cls.offers, f"--method {settings.method}")
         method = _REGISTRY.call(settings.method, cls, options, (model, strategy))
         model.set_masking(strategy)

@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "checkpoint", nargs="?", type=cli.path_text, help="of pre-training, fine-tuning or probing, or published by MAE"
+        "checkpoint", nargs="?", type=cli.path_text, help="of this project, or public weights as for --finetune"
     )
     parser.add_argument(
         "--metrics", nargs="+", choices=[*measure.METRICS, "segmentation"], default=list(measure.METRICS[:4])

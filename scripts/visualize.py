@@ -87,7 +87,7 @@ def open_model(given: argparse.Namespace) -> tuple[checkpoints.Opened, list[str]
     if given.mask_ratio is not None:
         changes |= {"mask_ratio": str(given.mask_ratio)}
     first, *rest = given.inputs or [""]
-    if first.endswith((".pth", ".pt")):
+    if first.endswith((".pth", ".pt", ".pth.tar", ".safetensors")) or Path(first, "config.json").is_file():
         return checkpoints.open_checkpoint(first, given.device, **changes), rest
     if "model" not in changes:
         problem = f"{first}: no checkpoint (.pth)" if first else "no checkpoint (.pth) is named"
@@ -156,7 +156,7 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="*",
         type=cli.path_text,
         metavar="INPUT",
-        help="a checkpoint (.pth) first, then pictures and folders",
+        help="a checkpoint (.pth, or weights as for --finetune) first, then pictures and folders",
     )
     parser.add_argument("--output", type=cli.path, default=Path("masks.png"), help="PNG or PDF")
     parser.add_argument("--rows", type=int, default=6, help="pictures at most")

@@ -23,7 +23,7 @@ from models_bootmae import BootMAEViT, bootmae_vit_base_patch16
 from scripts import export
 from util import optim
 from util.packing import PackedLayout, packed_cross_attention
-from util.training import checkpoint
+from util.training import checkpoint, fitting
 from util.training.averages import Averages
 from util.training.step import GradientStep, train_step
 
@@ -187,7 +187,7 @@ def trained(pictures, tmp_path_factory):
 def test_a_classifier_computes_what_the_encoder_does(trained, input_size):
     state = checkpoint.model_state(checkpoint.load(trained))
     model = models_vit.create_model("bootmae_vit_mini_patch4", num_classes=3, img_size=input_size).eval()
-    model.load_state_dict(checkpoint.fit_state(model, state, (4, 4)), strict=False)
+    model.load_state_dict(fitting.fit_classifier(model, state, (4, 4)), strict=False)
     assert not model.pos_embed.requires_grad
     images = torch.randn(2, 3, input_size, input_size)
     found = model.forward_features(images)

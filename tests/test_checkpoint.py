@@ -159,7 +159,7 @@ def test_what_stands_beside_a_wrapped_encoder_keeps_its_name():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"student": VIT, "teacher": VIT}, "holds several models, student, teacher; save the one that is meant"),
+        ({"student": VIT, "model_ema": VIT}, "holds several models, student, model_ema; save the one that is meant"),
         ({f"{who}.{name}": VIT[name] for name in VIT for who in ("a", "b")}, r"called a\. and b\.patch_embed"),
         ({f"visual.{name}": VIT[name] for name in VIT}, r"called visual\.patch_embed"),
         (

@@ -395,7 +395,7 @@ def test_the_recipes_are_there():
 
 PUBLISHED = {  # effective batch, peak learning rate on 8 processes
     "pretrain": {"vitb16": (4096, 2.4e-3), "vitl16": (4096, 2.4e-3), "vith14": (4096, 2.4e-3)}
-    | {"vits16": (1024, 2e-3), "vitb16_hpm": (2048, 1.2e-3)}
+    | {"vits16": (1024, 2e-3), "continue": (1024, 1e-4), "vitb16_hpm": (2048, 1.2e-3)}
     | {
         f"vitb16_ibot{masking}": (1024, 3e-3)
         for masking in ("", "_attmask_high", "_attmask_hint", "_sbam", "_sbam_amr")

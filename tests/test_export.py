@@ -29,11 +29,11 @@ import main_linprobe
 import main_pretrain
 import models_vit
 from evaluation import checkpoints
-from exporting import formats, tensor_names
+from exporting import formats
 from methods import base
 from util.config import PretrainSettings
 from util.data import transforms
-from util.training import checkpoint
+from util.training import checkpoint, tensor_names
 
 MINI = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": 4, "num_heads": 3}
 

@@ -16,7 +16,7 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 import masking
 import models_mae
 import models_vit
-from util.training import checkpoint
+from util.training import fitting
 
 
 def golden_mae(norm_pix_loss: bool) -> models_mae.MaskedAutoencoderViT:
@@ -321,7 +321,7 @@ def test_timm_gives_the_same_features():
     state = {name: value for name, value in model.state_dict().items() if name in other.state_dict()}
     assert not other.load_state_dict(state).missing_keys
     classifier = models_vit.create_model("vit_base_patch16", num_classes=10, global_pool=False).eval()
-    classifier.load_state_dict(checkpoint.fit_state(classifier, model.state_dict()), strict=False)
+    classifier.load_state_dict(fitting.fit_classifier(classifier, model.state_dict()), strict=False)
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         ours = model.encode(model.embed(images), None)

@@ -22,7 +22,7 @@ from methods import At, Inputs, SimMIM
 from models_simmim import SimMIMViT, simmim_vit_base_patch16
 from scripts import export
 from util import optim
-from util.training import checkpoint
+from util.training import checkpoint, fitting
 from util.training.averages import Averages
 from util.training.step import GradientStep, train_step
 
@@ -200,7 +200,7 @@ def trained(pictures, tmp_path_factory):
 def test_a_classifier_computes_what_the_encoder_does(trained, input_size):
     state = checkpoint.model_state(checkpoint.load(trained))
     model = models_vit.create_model("simmim_vit_mini_patch4", num_classes=3, img_size=input_size).eval()
-    fitted = checkpoint.fit_state(model, state, (4, 4))
+    fitted = fitting.fit_classifier(model, state, (4, 4))
     model.load_state_dict(fitted, strict=False)
     images = torch.randn(2, 3, input_size, input_size)
     found = model.forward_features(images)

@@ -209,7 +209,7 @@ class PretrainSettings(Settings):
     exact_resize: bool = result(False, "crops bit for bit as torchvision makes them of PIL images; slower")
     loader: str | None = result(None, "package.module:function, path -> array (H, W, C), for any channels and depth")
     finetune: str | None = result(
-        None, "checkpoint whose weights to start from, with a new optimizer and schedule", path=True
+        None, "weights to start from (MAE, DINO, timm, Hugging Face), with a new optimizer and schedule", path=True
     )
     eval_every: int | None = display(None, "epochs between two looks at k-NN accuracy, effective rank and salience")
     vis_every: int | None = display(None, "epochs between two pictures of masks and reconstructions, for TensorBoard")
@@ -246,7 +246,9 @@ def check_crop_scale(scale: list[float]) -> None:
 class SupervisedSettings(Settings):
     """What fine-tuning and linear probing share."""
 
-    finetune: str | None = result(None, "pre-trained checkpoint to start from", path=True)
+    finetune: str | None = result(
+        None, "pre-trained weights to start from (also MAE, DINO, timm, Hugging Face)", path=True
+    )
     nb_classes: int | None = result(None, "number of classes; default: the class folders of the training pictures")
     global_pool: bool | None = result(None, "classify the mean of the patch tokens")
     cls_token: bool = result(False, "classify the class token: the opposite of --global_pool")

@@ -11,11 +11,9 @@ import zipfile
 from pathlib import Path
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from util.files import replacing
-from util.pos_embed import resize_pos_embed
 from util.training.pickles import find_damage, unpickle
 
 LAST = "checkpoint-last.pth"
@@ -26,11 +24,11 @@ _MODELS = ("model", "state_dict", "model_state_dict")
 _ONE_OF_SEVERAL = ("student", "teacher", "model_ema", "state_dict_ema", "encoder", "target_encoder", "backbone")
 
 _WRAPPERS = r"((module|encoder|backbone|model|student|teacher|model_ema)\.)*"
-_FIRST = "patch_embed.proj.weight"  # every encoder has it
+FIRST = "patch_embed.proj.weight"  # every encoder has it
 
-# What a pre-trained model has beside the encoder, which a classifier does without.
+# What a model may have beside its encoder.
 DECODERS = ("decode", "mask_token", "de_pos_embed", "down", "lm_head")  # what predicts, of all methods
-BESIDE_ENCODER = (*DECODERS, "head.", "head_dist.", "fc_norm.", "pooler.")
+HEADS = ("head.", "head_dist.", "fc_norm.", "pooler.")
 
 
 def save(path: Path, content: dict) -> None:
@@ -109,9 +107,10 @@ def arguments(content: dict) -> dict:
 def model_state(content: dict, path: str | Path = "the checkpoint") -> dict[str, torch.Tensor]:
     """Return the state dict in a checkpoint, its names without what known wrappers put before them.
 
-    It is under `model`, `state_dict` or `model_state_dict`, else under the only one of `student`, `teacher`,
-    `model_ema` and the like, else the content itself. Wrappers are DistributedDataParallel (`module.`), torch.compile
-    (`_orig_mod.`), and `encoder.`, `backbone.`, `model.` before the names of a ViT.
+    It is under `model`, `state_dict` or `model_state_dict`, else under `teacher` beside `student` (DINO, iBOT), else
+    under the only one of `student`, `teacher`, `model_ema` and the like, else the content itself. Wrappers are
+    DistributedDataParallel (`module.`), torch.compile (`_orig_mod.`), and `encoder.`, `backbone.`, `model.` before the
+    names of a ViT.
 
     Raises:
         ValueError: no weights, several models, an unknown wrapper, or a tensor that is not plain (dense, on the CPU).
@@ -131,10 +130,18 @@ def model_state(content: dict, path: str | Path = "the checkpoint") -> dict[str,
     return found
 
 
+def takes_teacher(content: dict) -> bool:
+    """Return whether a checkpoint holds a student and its teacher, and no other model: DINO and iBOT use the latter."""
+    found = {name for name in (*_MODELS, *_ONE_OF_SEVERAL) if isinstance(content.get(name), dict)}
+    return found == {"student", "teacher"}
+
+
 def _state_dict(content: dict, path: str | Path) -> dict:
     for name in _MODELS:
         if isinstance(content.get(name), dict):
             return content[name]
+    if takes_teacher(content):
+        return content["teacher"]
     several = [name for name in _ONE_OF_SEVERAL if isinstance(content.get(name), dict)]
     if len(several) > 1:
         raise ValueError(
@@ -145,13 +152,13 @@ def _state_dict(content: dict, path: str | Path) -> dict:
 
 def _wrapper(names: list[str], path: str | Path) -> str:
     """Return what stands before the names of a ViT's tensors. ValueError: something unknown, or several ViTs."""
-    prefixes = {name.removesuffix(_FIRST) for name in names if name.endswith(f".{_FIRST}") or name == _FIRST}
+    prefixes = {name.removesuffix(FIRST) for name in names if name.endswith(f".{FIRST}") or name == FIRST}
     if not prefixes or "" in prefixes:
         return ""
     known = sorted(prefix for prefix in prefixes if re.fullmatch(_WRAPPERS, prefix))
     if len(prefixes) > 1 or not known:
         raise ValueError(
-            f"{path}: the tensors of its ViT are called {' and '.join(sorted(prefixes))}{_FIRST}, which could mean "
+            f"{path}: the tensors of its ViT are called {' and '.join(sorted(prefixes))}{FIRST}, which could mean "
             "anything; save the encoder alone, as {'model': ...}, under timm's names"
         )
     return known[0]
@@ -221,52 +228,3 @@ def find_own(output_dir: str | Path) -> tuple[Path, dict] | None:
             "and another --output_dir"
         )
     return None
-
-
-def fit_state(
-    model: VisionTransformer, state: dict[str, torch.Tensor], old_grid: tuple[int, int] | None = None
-) -> dict[str, torch.Tensor]:
-    """Return the part of a checkpoint that `model` starts from: a pre-trained encoder, or a fine-tuned classifier.
-
-    The position table is resized to the model's grid. Left out are what stands beside the encoder (`BESIDE_ENCODER`),
-    the `norm` where the model has a `fc_norm` instead, and a head for another number of classes. Nothing else is.
-
-    Args:
-        model: from `create_model`, before its head is changed; the meta device will do.
-        state: a checkpoint's state dict.
-        old_grid: rows and columns of patches of the checkpoint; a square grid if None.
-
-    Returns:
-        For `load_state_dict(..., strict=False)`: all but `head.*`, and but `fc_norm.*` with global pooling.
-
-    Raises:
-        ValueError: any other tensor is missing, has another shape, or has no place in the model; names the first few.
-    """
-    if hasattr(model, "adapt"):
-        state = model.adapt(state, old_grid)
-    wanted = model.state_dict()
-    without = BESIDE_ENCODER + (() if "norm.weight" in wanted else ("norm.",))
-    state = {name: state[name] for name in state if name in wanted or not name.startswith(without)}
-    if "head.weight" in state and state["head.weight"].shape != wanted["head.weight"].shape:
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
-    needed = {name: wanted[name] for name in wanted if name in state or not name.startswith(("head.", "fc_norm."))}
-    table = state.get("pos_embed") if "pos_embed" in wanted else None
-    resized = table is not None and table.ndim == 3 and table.shape[-1] == wanted["pos_embed"].shape[-1]
-    difference = describe_difference(needed, state | {"pos_embed": wanted["pos_embed"]} if resized else state)
-    if difference:
-        raise ValueError(f"a checkpoint of another architecture than --model: {difference}")
-    if table is None:
-        return state
-    return state | {"pos_embed": _fit_table(table, model.patch_embed.grid_size, old_grid)}
-
-
-def _fit_table(table: torch.Tensor, grid: tuple[int, int], old_grid: tuple[int, int] | None) -> torch.Tensor:
-    places = table.shape[1] - 1
-    if old_grid is None:
-        side = round(places**0.5)
-        if side * side != places:
-            raise ValueError(f"the checkpoint's position table has {places} places, not a square grid")
-        old_grid = (side, side)
-    elif len(old_grid) != 2 or min(old_grid) < 1 or old_grid[0] * old_grid[1] != places:
-        raise ValueError(f"its position table has {places} places, and its grid is {list(old_grid)}")
-    return table if tuple(old_grid) == tuple(grid) else resize_pos_embed(table, grid, old_grid)

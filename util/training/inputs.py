@@ -13,7 +13,7 @@ from util.config import SupervisedSettings
 from util.data import transforms
 from util.data.datasets import ImageSet, check_several_classes, open_labelled
 from util.kinds import check_kinds
-from util.training import checkpoint, resume
+from util.training import checkpoint, fitting, foreign, resume
 from util.training.context import step_plan
 from util.training.following import follow
 
@@ -82,7 +82,8 @@ def find_start(settings: SupervisedSettings, inputs: Inputs, build: Build, multi
     with torch.device("meta"):
         bare, model = build(inputs.num_classes, False), build(inputs.num_classes, True)
     if start == settings.finetune and not settings.resume:
-        inputs.weights = _fit(start, content, bare)
+        inputs.weights, notes = fitting.start_from(start, content, bare, fitting.fit_classifier)
+        inputs.notes += notes
         return None
     plan = step_plan(settings, len(inputs.train), multiple)
     return resume.check(start, content, model, plan, inputs.train)
@@ -96,7 +97,7 @@ def _start(settings: SupervisedSettings) -> tuple[str | Path | None, dict | None
         if settings.eval:
             raise ValueError("--eval: name the checkpoint to evaluate with --resume or --finetune")
         return None, None
-    path, content = own or (named, checkpoint.load(named))
+    path, content = own or (named, checkpoint.load(named) if settings.resume else foreign.read(named))
     check_kinds(path, content, {"classes": list[str], "grid": list[int]})
     return path, content
 
@@ -114,16 +115,6 @@ def _number_classes(settings: SupervisedSettings, val: ImageSet, classes: tuple[
     if extra:
         raise ValueError(f"--data_path {settings.data_path}: classes of val/ that train/ has not: {extra[:5]}")
     return val if val.classes == classes else val.relabelled(classes)
-
-
-def _fit(path: str, content: dict, bare: VisionTransformer) -> dict[str, torch.Tensor]:
-    grid, state = content.get("grid"), checkpoint.model_state(content, f"--finetune {path}")
-    try:
-        state = checkpoint.fit_state(bare, state, tuple(grid) if grid else None)
-    except ValueError as error:
-        raise ValueError(f"--finetune {path}: {error}") from error
-    checkpoint.check_finite(f"--finetune {path}", state)
-    return state
 
 
 def _open(settings: SupervisedSettings, split: str) -> ImageSet:

@@ -11,6 +11,8 @@ from util.training import checkpoint
 
 State = dict[str, torch.Tensor]
 
+FIRST_OF_HUGGING_FACE = "embeddings.patch_embeddings.projection.weight"  # every encoder there has it
+
 # Ours -> the names of the published Hugging Face files, which every version of transformers loads.
 _OUTSIDE_BLOCKS = {
     "cls_token": "vit.embeddings.cls_token",
