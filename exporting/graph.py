@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from exporting import tensor_names
 from exporting.exportable import Exportable, build_model
 from methods import base
 from models_base import MaskedModel
+from util.training import tensor_names
 
 _PACKAGES = ("onnx", "onnxscript")
 
