@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +16,7 @@ import models_mae
 from benchmarks import report
 from benchmarks.contenders import SpreadCounts
 from benchmarks.measure import matmul_peak, optimizer_tensors, peak_memory
+from benchmarks.plain_ibot import PlainIBOT
 from benchmarks.timing import CLOCKS, Spread, interleave, ratio, short
 from benchmarks.training import add_device_flags
 from methods import At, Inputs
@@ -23,15 +25,20 @@ from util.data import transforms
 from util.training.averages import Averages
 from util.training.step import GradientStep, train_step
 
-MODELS = {"mae": "mae", "hpm": "mae", "cmae": "mae", "simmim": "simmim", "bootmae": "bootmae"}
+MODELS = {"mae": "mae", "hpm": "mae", "cmae": "mae", "simmim": "simmim", "bootmae": "bootmae", "ibot": "ibot"}
 REFERENCE = "mae, random"
+PLAIN = "ibot, plain"  # random masking, every view by itself, the heads on all tokens
+OPTIONS = {  # what a small model needs
+    ("cmae", "mini"): {"feature_depth": 1},
+    ("ibot", "mini"): {"local_size": 8, "out_dim": 64, "hidden_dim": 64, "bottleneck_dim": 32},
+}
 
 
 class MethodStep:
     """The training step of a method, on images that are on the device already; strategies share one model.
 
     Args:
-        name: of the method.
+        name: of the method, or `PLAIN`.
         size: base or mini, of its model.
         images: (N, 3, H, W).
         amp: bf16, fp16 or none.
@@ -40,16 +47,18 @@ class MethodStep:
 
     def __init__(self, name: str, size: str, images: torch.Tensor, amp: str, compiled: bool = False):
         torch.manual_seed(0)
-        suffix = {"base": "vit_base_patch16", "mini": "vit_mini_patch4"}[size]
-        options = {} if MODELS[name] == "simmim" else {"norm_pix_loss": True}
-        model = models_mae.create_model(f"{MODELS[name]}_{suffix}", **options).to(images.device)
-        given = {"feature_depth": 1} if name == "cmae" and size == "mini" else {}
-        self.method = methods.create(name, model=model, strategy=masking.create("random"), **given).to(images.device)
+        suffix, short_name = {"base": "vit_base_patch16", "mini": "vit_mini_patch4"}[size], name.split(",")[0]
+        options = {} if short_name in ("simmim", "ibot") else {"norm_pix_loss": True}
+        model = models_mae.create_model(f"{MODELS[short_name]}_{suffix}", **options).to(images.device)
+        given = OPTIONS.get((short_name, size), {})
+        create = PlainIBOT if name == PLAIN else partial(methods.create, name)
+        self.method = create(model=model, strategy=masking.create("random"), **given).to(images.device)
         self.method.amp = self.amp = amp
         if compiled:
             self.method.set_normalize(transforms.Normalize(0.0, 1.0))
             self.method.compile_parts()
         self.images, self.averages = images, Averages(images.device)
+        self.inputs = _inputs(self.method, images)
         optimizer = optim.pretrain_adamw(self.method.parameter_groups(0.05), images.device, self.method.betas)
         for group in optimizer.param_groups:
             group["lr"] = 1e-6
@@ -60,14 +69,23 @@ class MethodStep:
 
         def step() -> None:
             object.__setattr__(self.method, "strategy", strategy)
-            inputs = Inputs([self.images, self.images])
-            train_step(self.method, [inputs], At(0, 0.0, 1), self.update, self.averages, self.amp)
+            train_step(self.method, [self.inputs], At(0, 0.0, 1), self.update, self.averages, self.amp)
 
         return step
 
     def tensors(self) -> list[torch.Tensor]:
         """Return what stays in memory between steps."""
         return optimizer_tensors(self.method, self.update.optimizer)
+
+
+def _inputs(method: methods.Method, images: torch.Tensor) -> Inputs:
+    """Return two views of `images` (N, 3, H, W); for iBOT also local ones, and ratios: half of the views stay whole."""
+    if not isinstance(method, methods.IBOT):
+        return Inputs([images, images])
+    local, number = images[:, :, : method.local_size, : method.local_size], len(images)
+    noise = torch.rand(2 * number, method.model.num_patches, device=images.device)
+    views = [images, images, *[local] * method.local_number]
+    return Inputs(views, noise, ratios=masking.Ratios((0.0, 0.3) * number, 0.3))
 
 
 def main(argv: list[str]) -> None:
@@ -85,16 +103,18 @@ def main(argv: list[str]) -> None:
     amp = precision.resolve_amp(arguments.amp, device)
     side = 224 if arguments.model == "base" else 16
     images = torch.randn(arguments.batch_size, 3, side, side, device=device)
-    contenders = {
-        name: MethodStep(name, arguments.model, images, amp, arguments.compile)
-        for name in {"mae": 0} | dict.fromkeys(arguments.methods)
-    }
+    names = dict.fromkeys(["mae", *arguments.methods, *([PLAIN] if "ibot" in arguments.methods else [])])
+    steps = {name: MethodStep(name, arguments.model, images, amp, arguments.compile) for name in names}
     strategies = {"random": masking.create("random"), "sbam": masking.create("sbam"), "spread": SpreadCounts()}
-    calls = {f"{n}, {s}": step.with_strategy(strategies[s]) for n, step in contenders.items() for s in strategies}
+    contenders = {f"{n}, {s}": (step, strategies[s]) for n, step in steps.items() if n != PLAIN for s in strategies}
+    if PLAIN in steps:
+        del contenders["ibot, spread"]  # its numbers differ anyway
+        contenders[PLAIN] = steps[PLAIN], strategies["random"]
+    calls = {label: step.with_strategy(strategy) for label, (step, strategy) in contenders.items()}
     clock = CLOCKS[arguments.clock]
     peak = matmul_peak(device, precision.AMP_DTYPES[amp] or torch.float32, clock)
     seconds = interleave(calls, arguments.rounds, warmup=1, clock=clock)
-    rows = [row(label, call, seconds, contenders[label.split(",")[0]], peak) for label, call in calls.items()]
+    rows = [row(label, call, seconds, contenders[label][0], peak) for label, call in calls.items()]
     content = {
         "environment": report.environment(),
         "batch_size": arguments.batch_size,

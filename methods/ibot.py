@@ -22,6 +22,8 @@ from util.data.multi_crop import MultiCrop
 from util.data.step_loader import MicroBatch
 from util.distributed import world
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
 
 @register("ibot")
 class IBOT(Method):
@@ -128,6 +130,7 @@ class IBOT(Method):
         self.masked_embed = nn.Parameter(torch.zeros(1, width))
         self.register_buffer("center_cls", torch.zeros(1, out_dim))
         self.register_buffer("center_patch", torch.zeros(1, 1, patches or out_dim))
+        self._compare = compare
         self._seen: list[torch.Tensor] = []  # sums of the teacher's unit vectors, of each micro-batch of a step
 
     @classmethod
@@ -143,6 +146,11 @@ class IBOT(Method):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Compute the activations of the student's blocks again in the backward pass."""
         self.student.set_grad_checkpointing(enable)
+
+    def compile_parts(self) -> None:
+        """Compile the losses over the prototypes, too: a dozen passes over (V N + M, K) become a few."""
+        super().compile_parts()
+        self._compare = torch.compile(compare, dynamic=True, fullgraph=True)
 
     def inputs(self, micro_batch: MicroBatch, seed: int, device: torch.device) -> Inputs:
         """Put a micro-batch on the device: global views, then local ones, and what the masks draw for both global ones.
@@ -192,16 +200,19 @@ class IBOT(Method):
             return self.model.encode_attending(tokens) if attends else (self.model.encode(tokens), None)
 
     def plan(self, latent: torch.Tensor, replaced: masking.Replaced) -> Plan:
-        """Keep of the teacher's tokens (2 N, L + 1, D) what the losses need, as unit vectors."""
+        """Count the losses' terms; keep of the teacher's tokens (2 N, L + 1, D) what losses and centres need."""
         with precision.autocast(self.amp, latent.device):
             unit = self.teacher_head.project(latent)  # (2 N, L + 1, bottleneck)
         self._seen.append(_sums(unit))
-        places = replaced.places()  # (M,) among all 2 N * L
-        extra = {"mask": replaced.mask, "places": places, "unit_cls": unit[:, 0]}
-        extra["unit_patch"] = unit[:, 1:].flatten(0, 1)[places]
         count = torch.full((), len(unit) // 2, device=unit.device)
         stats = {"mask_ratio": replaced.mask.float().mean(dim=1)} | (replaced.stats or {})
-        return Plan({"cls": count, "patch": count}, extra=extra, stats=stats)
+        return Plan({"cls": count, "patch": count}, extra=self.kept(unit, replaced), stats=stats)
+
+    def kept(self, unit: torch.Tensor, replaced: masking.Replaced) -> dict[str, torch.Tensor]:
+        """Choose among the teacher's unit vectors (2 N, L + 1, d) those of class tokens and of masked patches."""
+        places = replaced.places()  # (M,) among all 2 N * L
+        patches = unit[:, 1:].flatten(0, 1)[places]
+        return {"mask": replaced.mask, "places": places, "unit_cls": unit[:, 0], "unit_patch": patches}
 
     def student_latent(self, images: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Encode global views (n, 3, H, W), the patches of `mask` (n, L) replaced -> (n, L + 1, D)."""
@@ -216,26 +227,26 @@ class IBOT(Method):
         classes = [latent[:, 0]]
         if len(inputs.views) > 2:
             classes.append(self.student.encode(self.student.embed_view(torch.cat(inputs.views[2:])))[:, 0])
-        of_classes = self.head.of_images(self.head.project(torch.cat(classes))).float() / self.student_temp
         masked = latent[:, 1:].flatten(0, 1)[given["places"]]  # (M, D)
-        of_patches = self.head.of_patches(self.head.project(masked)).float() / self.student_temp
+        of_classes = self.head.of_images(self.head.project(torch.cat(classes))).unflatten(0, (-1, num_images))
+        of_patches = self.head.of_patches(self.head.project(masked))
         with torch.no_grad():
-            of_images, of_masked = self.targets(given["unit_cls"], given["unit_patch"], at)
+            of_images = self.teacher_head.of_images(given["unit_cls"]).unflatten(0, (2, -1))
+            of_masked = self.teacher_head.of_patches(given["unit_patch"])
             view = given["places"].div(given["mask"].shape[1], rounding_mode="floor")  # (M,) which each patch is of
             weight = 1 / (2 * given["mask"].sum(dim=1).clamp(min=1))[view]
-        between = between_views(of_classes.unflatten(0, (-1, num_images)), of_images.unflatten(0, (2, -1)))
-        within = (weight * cross_entropy(of_patches, of_masked)).sum()
+        temperatures = [self.temperature_at(name, int(at.epoch)) for name in self.temperatures]
+        between, within = self._compare(
+            (of_classes, of_patches),
+            (of_images, of_masked),
+            (self.center_cls, self.center_patch[0]),
+            (self.student_temp, *temperatures),
+            weight,
+        )
         return {
             "cls": Loss(self.weights[0] * between, plan.counts["cls"]),
             "patch": Loss(self.weights[1] * within, plan.counts["patch"]),
         }
-
-    def targets(self, classes: torch.Tensor, patches: torch.Tensor, at: At) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the teacher's distributions over the prototypes, from its unit vectors (n, d) -> (n, K) each."""
-        of_classes = self.teacher_head.of_images(classes).float() - self.center_cls
-        of_patches = self.teacher_head.of_patches(patches).float() - self.center_patch[0]
-        temperatures = [self.temperature_at(name, int(at.epoch)) for name in self.temperatures]
-        return (of_classes / temperatures[0]).softmax(dim=-1), (of_patches / temperatures[1]).softmax(dim=-1)
 
     def temperature_at(self, name: str, epoch: int) -> float:
         """Return `teacher_temp` or `teacher_patch_temp` of an epoch."""
@@ -279,6 +290,24 @@ class IBOT(Method):
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Return the optimizer's groups: 1-D tensors and biases are not decayed; tokens and positions are."""
         return param_groups_weight_decay(self, weight_decay)
+
+
+def compare(
+    student: Pair, teacher: Pair, centers: Pair, temperatures: tuple[float, float, float], weight: torch.Tensor
+) -> Pair:
+    """Compute both losses, summed over the images: of class tokens between views, of masked patches within them.
+
+    Args:
+        student: logits (V, N, K) of class tokens, the two global views first, and (M, K') of masked patches.
+        teacher: the same of the two global views, (2, N, K) and (M, K').
+        centers: (1, K) and (1, K'), subtracted from the teacher's logits.
+        temperatures: of the student, and of the teacher's class tokens and patches.
+        weight: (M,) of each masked patch.
+    """
+    classes, patches = (logits.float() / temperatures[0] for logits in student)
+    parts = zip(teacher, centers, temperatures[1:], strict=True)
+    targets = [((logits.float() - center) / divisor).softmax(dim=-1) for logits, center, divisor in parts]
+    return between_views(classes, targets[0]), (weight * cross_entropy(patches, targets[1])).sum()
 
 
 def between_views(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ from benchmarks import methods, report, saving, timing, views
 from benchmarks.contenders import PaddedMAE, SpreadCounts
 from benchmarks.measure import peak_memory, training_flops
 from benchmarks.pictures import write_jpegs
+from methods import At
 from util.data import decode
 from util.data.multi_crop import MultiCrop
 from util.training import checkpoint
@@ -79,7 +80,28 @@ def test_every_method_is_timed(tmp_path):
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     found = {row["step"].split(",")[0]: float(row["GFLOP/image"]) for row in rows if row["step"].endswith("random")}
     assert found.keys() == methods.MODELS.keys()
+    plain = next(float(row["GFLOP/image"]) for row in rows if row["step"] == methods.PLAIN)
+    assert found["ibot"] < plain
     assert found["mae"] < min(found["hpm"], found["cmae"], found["bootmae"])  # they have a teacher, or more decoders
+
+
+def test_the_plain_ibot_has_the_same_losses_and_gradients():
+    torch.manual_seed(1)
+    images, noise, found = torch.randn(3, 3, 16, 16), torch.rand(6, 16), []
+    for name in ("ibot", methods.PLAIN):
+        step = methods.MethodStep(name, "mini", images, "none")
+        method, at = step.method, At(0, 2.0, 10)
+        views = [view + 0.1 * number for number, view in enumerate(step.inputs.views)]
+        inputs = step.inputs._replace(noise=noise, views=views)
+        torch.nn.init.normal_(method.center_patch)
+        plan = method.choose(inputs, at)
+        method.student.set_drop_path(0.0)
+        losses = method(inputs, plan, at)
+        sum(loss.sum / loss.count for loss in losses.values()).backward()
+        method.after_step(at, torch.tensor(True))
+        gradients = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+        found.append((losses, gradients, method.center_cls, method.center_patch))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
 def test_a_compiled_step_is_the_eager_one():

@@ -21,7 +21,7 @@ import masking
 import methods
 from evaluation import checkpoints, features
 from methods import IBOT, At, Inputs
-from methods.ibot import between_views, cross_entropy
+from methods.ibot import between_views, compare, cross_entropy
 from models_ibot import IBOTViT, ibot_vit_base_patch16, ibot_vit_small_patch16
 from scripts import export, visualize
 from util import optim, seeding
@@ -394,3 +394,19 @@ def test_masks_by_attention_need_a_method_that_gives_it(pictures, tmp_path, caps
 def test_heads_must_share_the_width(heads):
     with pytest.raises(ValueError, match=f"embed_dim 48 is not divisible by num_heads {heads}"):
         IBOTViT(img_size=32, patch_size=4, embed_dim=48, depth=1, num_heads=heads)
+
+
+def test_other_numbers_of_patches_and_temperatures_need_no_other_graph():
+    """Compiled as `compile_parts` does, but for the backend, which takes half a minute."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(compare, dynamic=True, fullgraph=True, backend="aot_eager")
+    for masked, temperature in ((9, 0.04), (7, 0.04), (8, 0.05), (5, 0.07)):
+        student = torch.randn(4, 3, 6, requires_grad=True), torch.randn(masked, 5, requires_grad=True)
+        teacher, centers = (torch.randn(2, 3, 6), torch.randn(masked, 5)), (torch.randn(1, 6), torch.randn(1, 5))
+        given = student, teacher, centers, (0.1, temperature, temperature), torch.rand(masked)
+        found, expected = (torch.stack(function(*given)) for function in (compiled, compare))
+        torch.testing.assert_close(found, expected)
+        gradients = (torch.autograd.grad(losses.sum(), student) for losses in (found, expected))
+        torch.testing.assert_close(*gradients)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
