@@ -3,6 +3,7 @@
 
 scripts/torture.py --kills 50 --seed 0 --report report.json
 scripts/torture.py --method bootmae --kills 20
+scripts/torture.py --masking amt --kills 10
 
 Real processes, real signals, the built-in digits. Three strategies, attention maps, methods with a teacher, 0, 1 and 3
 loader workers, one process and two under torchrun. At least a fifth of the SIGKILLs wait until a checkpoint is being
@@ -51,8 +52,13 @@ CASES = [  # (strategy, workers, processes, method)
     ("sbam_amr", 0, 1, "simmim"),
     ("block", 1, 1, "bootmae"),
     ("sbam_amr", 1, 2, "bootmae"),
+    ("attmask_hint", 0, 1, "ibot"),
+    ("sbam_amr", 1, 2, "ibot"),
 ]
-MODELS = {"simmim": "simmim_vit_mini_patch4", "bootmae": "bootmae_vit_mini_patch4"}
+MODELS = {name: f"{name}_vit_mini_patch4" for name in ("simmim", "bootmae", "ibot")}
+METHOD_ARGS = {  # small heads and few views; the prototypes are frozen in the first of four epochs
+    "ibot": ["out_dim=64", "hidden_dim=64", "bottleneck_dim=32", "local_size=8", "local_crops_number=2"],
+}
 
 
 @dataclass
@@ -78,20 +84,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     names = sorted({case[3] for case in CASES})
     parser.add_argument("--method", choices=names, help="only the cases of this method")
+    masks = sorted({case[0] for case in CASES})
+    parser.add_argument("--masking", choices=masks, help="only the cases with this strategy")
     parser.add_argument("--report", type=cli.path_text, help="JSON file for the tallies")
     arguments = parser.parse_args(argv)
+    cases = [case for case in CASES if arguments.method in (None, case[3]) and arguments.masking in (None, case[0])]
+    if not cases:
+        parser.error(f"--method {arguments.method} --masking {arguments.masking}: no case has both; leave out one")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "METHODS.md").read_text(), re.DOTALL)[0]
         (Path(folder) / "my_method.py").write_text(code)
         sys.path.insert(0, folder)
-        return campaign(arguments)
+        return campaign(arguments, cases)
 
 
-def campaign(arguments: argparse.Namespace) -> int:
-    """Run all cases; return 1 if anything differed."""
+def campaign(arguments: argparse.Namespace, cases: list[tuple]) -> int:
+    """Run `cases`; return 1 if anything differed."""
     rng, tallies = random.Random(arguments.seed), []
-    cases = [case for case in CASES if arguments.method in (None, case[3])]
     for name, total in (("SIGKILL", arguments.kills), ("SIGTERM", arguments.kills // 2)):
         shares = [total // len(cases) + (i < total % len(cases)) for i in range(len(cases))]
         for case, share in zip(cases, shares, strict=True):
@@ -135,13 +145,14 @@ def torture(case: tuple, kills: int, name: str, rng: random.Random, folder: Path
 def launch(case: tuple, output: Path) -> int:
     """Start a run in a process group of its own; return its number."""
     strategy, workers, processes, method = case
-    flags = ["--dataset", "digits", "--in_chans", 1, "--epochs", 4]
+    flags = ["--dataset", "digits", "--in_chans", 3 if method == "ibot" else 1, "--epochs", 4]
     flags += [
         "--model",
         MODELS.get(method, "mae_vit_mini_patch4"),
-        *([] if method == "simmim" else ["--norm_pix_loss"]),
+        *([] if method in ("simmim", "ibot") else ["--norm_pix_loss"]),
     ]
-    flags += ["--method", method, "--masking", strategy, "--masking_args", *MASKING_ARGS.get(strategy, [])]
+    flags += ["--method", method, "--method_args", *METHOD_ARGS.get(method, []), "--masking", strategy]
+    flags += ["--masking_args", *MASKING_ARGS.get(strategy, [])]
     flags += ["--mask_ratio", 0.85 if strategy == "amt" else 0.75, "--num_workers", workers]
     flags += ["--effective_batch_size", 64, "--lr", 1e-3]
     flags += ["--batch_size", 64 // processes, "--warmup_epochs", 0, "--print_freq", 50, "--output_dir", output]
