@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,25 @@ class Classification(Method):
         views: PIL image -> uint8 tensor, for training.
         prepare: batch -> images, and classes (N,) or probabilities (N, classes), on the device.
         smoothing: label smoothing; with mixup it is in the targets and must be 0 here.
+        heads: names, where the model has several heads and gives (heads, N, classes). Each learns as if it were alone.
+
+    Attributes:
+        rate_of_epoch: whole epoch -> learning rate, where that does not change with each step.
     """
 
-    def __init__(self, model: nn.Module, views: Callable, prepare: Prepare, smoothing: float = 0.0):
+    rate_of_epoch: Callable[[float], float] | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        views: Callable,
+        prepare: Prepare,
+        smoothing: float = 0.0,
+        heads: Collection[str] = (),
+    ):
         super().__init__(model)
         self.views, self.prepare, self.smoothing = views, prepare, smoothing
+        self.terms = tuple(heads) or ("cross_entropy",)
 
     def inputs(self, micro_batch: MicroBatch, seed: int, device: torch.device) -> Inputs:
         """Put a batch on the device, with its targets."""
@@ -49,13 +64,24 @@ class Classification(Method):
     def choose(self, inputs: Inputs, at: At) -> Plan:
         """Count the images: nothing is masked."""
         images = inputs.views[0]
-        return Plan({"cross_entropy": torch.full((), float(len(images)), device=images.device)})
+        return Plan(dict.fromkeys(self.terms, torch.full((), float(len(images)), device=images.device)))
 
     def forward(self, inputs: Inputs, plan: Plan, at: At) -> dict[str, Loss]:
-        """Sum the cross entropy over the images."""
-        logits = self.model(inputs.views[0]).float()
-        loss = F.cross_entropy(logits, inputs.targets, label_smoothing=self.smoothing, reduction="sum")
-        return {"cross_entropy": Loss(loss, plan.counts["cross_entropy"])}
+        """Sum the cross entropy over the images, for each head."""
+        logits = dict(zip(self.terms, by_head(self.model(inputs.views[0])), strict=True))
+        how = {"label_smoothing": self.smoothing, "reduction": "sum"}
+        return {
+            name: Loss(F.cross_entropy(each, inputs.targets, **how), plan.counts[name]) for name, each in logits.items()
+        }
+
+    def schedule(self, at: At, lr: float, weight_decay: float) -> tuple[float, float]:
+        """Return the learning rate, that of the whole epoch with `rate_of_epoch`, and the weight decay."""
+        return lr if self.rate_of_epoch is None else self.rate_of_epoch(int(at.epoch)), weight_decay
+
+
+def by_head(logits: torch.Tensor) -> torch.Tensor:
+    """Return logits (N, classes) or (heads, N, classes) as (heads, N, classes), in fp32."""
+    return logits.float().reshape(-1, *logits.shape[-2:])
 
 
 def fit(
@@ -113,7 +139,12 @@ def evaluate_only(context: Context, given: inputs.Inputs, model: VisionTransform
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable, prepare: Prepare, device: torch.device, amp: str = "none"
+    model: nn.Module,
+    batches: Iterable,
+    prepare: Prepare,
+    device: torch.device,
+    amp: str = "none",
+    heads: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Measure the accuracy over all processes, each image counted once.
 
@@ -122,26 +153,34 @@ def evaluate(
         batches: this process's share of the images, without padding.
         prepare: batch -> images and classes (N,) on the device.
         device, amp: where and in which format.
+        heads: name -> base learning rate, where the model has several heads.
 
     Returns:
-        loss (mean cross entropy), acc1 and acc5 (percent), images (counted, over all processes).
+        loss (mean cross entropy), acc1 and acc5 (percent), images (counted, over all processes). With `heads` they are
+        those of the head with the highest acc1, chosen on these very images; its rate is best_blr, and each head has
+        its own loss, acc1 and acc5 with its name appended.
     """
+    suffixes = [f"_{name}" for name in heads] if heads else [""]
     model.eval()
     averages, counted = Averages(device), torch.zeros((), device=device)
     # Every process needs every name, also one without images.
-    for name in ("loss", "acc1", "acc5"):
-        averages.add(name, 0.0, 0.0)
+    for name, suffix in itertools.product(("loss", "acc1", "acc5"), suffixes):
+        averages.add(name + suffix, 0.0, 0.0)
     for batch in batches:
         images, targets = prepare(batch)
         with precision.autocast(amp, device):
-            logits = model(images)
-        top5 = logits.float().topk(min(5, logits.shape[1]), dim=1).indices
-        hits = top5 == targets[:, None]  # (N, 5)
-        averages.add("loss", F.cross_entropy(logits.float(), targets, reduction="sum"), len(images))
-        averages.add("acc1", 100.0 * hits[:, :1].sum(), len(images))
-        averages.add("acc5", 100.0 * hits.sum(), len(images))
+            logits = by_head(model(images))
+        for suffix, each in zip(suffixes, logits, strict=True):
+            hits = each.topk(min(5, each.shape[1]), dim=1).indices == targets[:, None]  # (N, 5)
+            averages.add(f"loss{suffix}", F.cross_entropy(each, targets, reduction="sum"), len(images))
+            averages.add(f"acc1{suffix}", 100.0 * hits[:, :1].sum(), len(images))
+            averages.add(f"acc5{suffix}", 100.0 * hits.sum(), len(images))
         counted += len(images)
-    return averages.read() | {"images": int(world.all_reduce(counted))}
+    found = averages.read()
+    if heads:
+        best = max(heads, key=lambda name: found[f"acc1_{name}"])
+        found = {name: found[f"{name}_{best}"] for name in ("loss", "acc1", "acc5")} | {"best_blr": heads[best]} | found
+    return found | {"images": int(world.all_reduce(counted))}
 
 
 def evaluator(
@@ -178,7 +217,7 @@ def evaluator(
 
     def evaluate_now(epoch: int | None = None) -> dict[str, float]:
         shown = batches if epoch is None else job.exits.checked(batches, rounds, epoch, job.averages)
-        result = evaluate(model, shown, prepare, context.device, context.amp)
+        result = evaluate(model, shown, prepare, context.device, context.amp, settings.heads)
         return result | {"bad_images": images.bad.collect(context.device)}
 
     return evaluate_now
@@ -190,7 +229,8 @@ def statistics(settings: SupervisedSettings) -> tuple[tuple[float, ...], tuple[f
 
 
 def _describe(when: str, test: dict[str, float], best: float) -> str:
+    head = f" of the best head, --blr {test['best_blr']:g}, chosen on these images" if "best_blr" in test else ""
     return (
-        f"{when}: accuracy on {test['images']} validation images: {test['acc1']:.2f}% (top 5 {test['acc5']:.2f}%, "
-        f"loss {test['loss']:.4f}); best epoch so far, chosen on these images: {best:.2f}%"
+        f"{when}: accuracy on {test['images']} validation images{head}: {test['acc1']:.2f}% "
+        f"(top 5 {test['acc5']:.2f}%, loss {test['loss']:.4f}); best epoch so far, chosen on these images: {best:.2f}%"
     )

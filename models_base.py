@@ -136,6 +136,35 @@ class MaskedModel(nn.Module):
             return masking.call(strategy, tokens, noise, **sizes, **offered)
 
 
+class SeveralTokens:
+    """Lets a classifier of timm's, with the class token, classify more than the last block's class token.
+
+    Attributes:
+        last_blocks: so many of the last blocks give their class token, after the final norm; they are concatenated.
+        append_mean: whether the mean of the last block's patch tokens is appended.
+    """
+
+    last_blocks, append_mean = 1, False
+
+    def classify_tokens(self, last_blocks: int, append_mean: bool) -> int:
+        """Classify these from now on; return their width. ValueError: there are not so many blocks."""
+        if not 1 <= last_blocks <= len(self.blocks):
+            raise ValueError(
+                f"--last_blocks {last_blocks}: the model has {len(self.blocks)} blocks; choose 1 to {len(self.blocks)}"
+            )
+        self.last_blocks, self.append_mean = last_blocks, append_mean
+        return self.embed_dim * (last_blocks + append_mean)
+
+    def forward(self, x: torch.Tensor, **options) -> torch.Tensor:
+        """Classify images (N, C, H, W) -> (N, classes)."""
+        if self.last_blocks == 1 and not self.append_mean:
+            return super().forward(x, **options)
+        form = {"norm": True, "output_fmt": "NLC", "return_prefix_tokens": True, "intermediates_only": True}
+        outputs = self.forward_intermediates(x, indices=self.last_blocks, **form)  # patch tokens, class token
+        tokens = [first[:, 0] for _, first in outputs] + [outputs[-1][0].mean(dim=1)] * self.append_mean
+        return self.head(torch.cat(tokens, dim=-1))
+
+
 def keep_blocks(model: nn.Module, number: int | None) -> None:
     """Cut an encoder or classifier, also timm's, down to its first blocks; `number` None leaves it as it is.
 

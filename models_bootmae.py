@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from masking import Mask, RandomMasking
-from models_base import MaskedModel, check_sizes
+from models_base import MaskedModel, SeveralTokens, check_sizes
 from models_mae import layer_norm, register_model
 from util.packing import PackedLayout, packed_attention, packed_cross_attention
 from util.pos_embed import sincos_2d
@@ -252,7 +252,7 @@ class BootMAEViT(MaskedModel):
         return ((channels - mean) / (variance + 1e-5).sqrt()).flatten(2)
 
 
-class BootMAEClassifier(beit.Beit):
+class BootMAEClassifier(SeveralTokens, beit.Beit):
     """The fine-tuning model: the position table stays as it is; the mean of the patch tokens is classified.
 
     Args:

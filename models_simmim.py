@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from masking import Mask, RandomMasking
-from models_base import MaskedModel, check_sizes
+from models_base import MaskedModel, SeveralTokens, check_sizes
 from models_mae import layer_norm, register_model
 
 
@@ -168,7 +168,7 @@ class SimMIMViT(MaskedModel, Beit):
         return (pred.float() - self.patchify(images)).abs().mean(dim=-1) * mask.loss_weight
 
 
-class SimMIMClassifier(Beit):
+class SimMIMClassifier(SeveralTokens, Beit):
     """The fine-tuning model: a relative position bias for each block; the mean of the patch tokens is classified.
 
     Args:

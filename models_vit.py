@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
+import torch
 from timm.layers import to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from models_base import check_sizes, keep_blocks
+from models_base import SeveralTokens, check_sizes, keep_blocks
 from models_bootmae import BootMAEClassifier
 from models_simmim import SimMIMClassifier
 from util.config import SupervisedSettings
@@ -28,6 +30,22 @@ _ARCHITECTURES = {
     "bootmae_vit_base_patch16": (16, 768, 12, 12, 224),
     "bootmae_vit_large_patch16": (16, 1024, 24, 16, 224),
 }
+
+
+class ViTClassifier(SeveralTokens, VisionTransformer):
+    """timm's ViT."""
+
+
+class LinearHeads(nn.ModuleList):
+    """Linear layers on the same features: (N, D) -> (heads, N, classes).
+
+    In fp32 whatever autocast says: one head whose rate is too high must not overflow, which would skip the step of all.
+    """
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Apply every layer."""
+        with torch.autocast(features.device.type, enabled=False):
+            return torch.stack([head(features.float()) for head in self])
 
 
 def available_models() -> list[str]:
@@ -77,26 +95,38 @@ def create_model(
         return SimMIMClassifier(**options)
     if name.startswith("bootmae_"):
         return BootMAEClassifier(**options)
-    return VisionTransformer(**options, norm_layer=partial(nn.LayerNorm, eps=1e-6))
+    return ViTClassifier(**options, norm_layer=partial(nn.LayerNorm, eps=1e-6))
 
 
-def add_probe_head(model: VisionTransformer, blocks: int | None = None) -> None:
+def add_probe_head(
+    model: VisionTransformer,
+    blocks: int | None = None,
+    *,
+    heads: int = 0,
+    batch_norm: bool = True,
+    last_blocks: int = 1,
+    append_mean: bool = False,
+) -> None:
     """Freeze `model` and give it the head of linear probing: BatchNorm without scale and shift, then a linear layer.
 
     Args:
         model: from `create_model`, with its weights.
         blocks: how many of its blocks stay; all if None.
+        heads: number of linear layers on the same features, all with the same first weights; 0 for a plain one.
+        batch_norm: whether the BatchNorm is there.
+        last_blocks, append_mean: what is classified, see `SeveralTokens`.
 
     Raises:
-        ValueError: it has fewer.
+        ValueError: it has fewer blocks.
     """
     keep_blocks(model, blocks)
     for parameter in model.parameters():
         parameter.requires_grad = False
-    linear = nn.Linear(model.head.in_features, model.head.out_features)
+    linear = nn.Linear(model.classify_tokens(last_blocks, append_mean), model.head.out_features)
     nn.init.trunc_normal_(linear.weight, std=0.01)
     nn.init.zeros_(linear.bias)
-    model.head = nn.Sequential(nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6), linear)
+    norm = nn.BatchNorm1d(linear.in_features, affine=False, eps=1e-6) if batch_norm else nn.Identity()
+    model.head = nn.Sequential(norm, LinearHeads(copy.deepcopy(linear) for _ in range(heads)) if heads else linear)
 
 
 def init_finetune_head(model: VisionTransformer) -> None:

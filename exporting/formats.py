@@ -38,6 +38,11 @@ def read(
     state = content["model"]
     settings = checkpoints.settings_of(content, checkpoints.encoder_names(state), path, changes)
     notes = [*content.get("notes", ()), "" if input_size else checkpoints.assumed_shape(content, state)]
+    if tensor_names.is_unlike_others_heads(state):
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+        notes.append(
+            "the head is left out: elsewhere there is one linear layer on one token; this is the encoder alone"
+        )
     classes = tuple(content.get("classes") or ())
     head = state.get("head.weight", state.get("head.1.weight"))
     if head is not None and len(classes) != len(head):

@@ -149,6 +149,17 @@ def test_a_mistake_in_pretraining_flags(tmp_path, capsys, flags, message):
         (main_linprobe, ["--dataset", "folder", "--data_path", "."], "<class>/<picture>"),
         (main_linprobe, ["--model", "vit_mini"], "did you mean 'vit_mini_patch4'"),
         (main_linprobe, ["--probe_blocks", "5"], "--probe_blocks 5: the model has 4 blocks; choose 1 to 4"),
+        (main_linprobe, ["--last_blocks", "5"], "--last_blocks 5: the model has 4 blocks; choose 1 to 4"),
+        (main_linprobe, ["--probe_blocks", "2", "--last_blocks", "3"], "--last_blocks 3: the model has 2 blocks"),
+        (main_linprobe, ["--last_blocks", "0"], "--last_blocks 0: must be at least 1"),
+        (main_linprobe, ["--global_pool", "--append_mean"], "are of the class token; use --cls_token"),
+        (main_linprobe, ["--blrs", "0.1", "0"], "--blrs 0.1 0.0: every rate must be above 0"),
+        (main_linprobe, ["--blrs", "0.1", "1e-1"], "--blrs 0.1 0.1: give each rate once"),
+        (main_linprobe, ["--blrs", "0.1", "1", "--clip_grad", "1"], "--clip_grad 1.0: does not go with --blrs"),
+        (main_linprobe, ["--blrs", "0.1", "1", "--lr", "0"], "--lr 0.0: does not go with --blrs"),
+        (main_linprobe, ["--blrs", "0.1", "1", "--min_lr", "1e-6"], "--min_lr 1e-06: does not go with --blrs"),
+        (main_linprobe, ["--no_batch_norm", "--batch_size", "0"], "--batch_size 0: must be at least 1"),
+        (main_linprobe, ["--optimizer", "adam"], "--optimizer adam: must be lars or sgd"),
     ],
 )
 def test_a_mistake_in_supervised_flags(tmp_path, capsys, main, flags, message):
@@ -406,7 +417,8 @@ PUBLISHED = {  # effective batch, peak learning rate on 8 processes
     | {"vitl16_bootmae": (1024, 1.5e-3)}
     | {f"{size}_ibot": (1024, 4e-3) for size in ("vits16", "vitb16")},
     "linprobe": {"vitb16": (16384, 6.4), "vitl16": (16384, 6.4), "vith14": (16384, 6.4)}
-    | {"vitl16_bootmae": (16384, 4.48)},
+    | {"vitl16_bootmae": (16384, 4.48)}
+    | {f"{size}_ibot": (1024, 36.0) for size in ("vits16", "vitb16")},
 }
 
 
@@ -427,7 +439,9 @@ def test_every_recipe_parses_and_builds(path, monkeypatch):
             methods.from_settings(settings)
     else:
         with torch.device("meta"):
-            models_vit.build_model(settings, 1000)
+            model = models_vit.build_model(settings, 1000)
+            if task == "linprobe":
+                main_linprobe.add_head(model, settings)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -263,6 +263,11 @@ class SupervisedSettings(Settings):
     _pools_by_default: ClassVar[bool] = True
 
     @property
+    def heads(self) -> dict[str, float]:
+        """Return name and base learning rate of each head, where several are trained at once; else nothing."""
+        return {}
+
+    @property
     def pools(self) -> bool:
         """Return True for global pooling, False for the class token; fine-tuning pools by default, probing does not."""
         return self._pools_by_default and not self.cls_token if self.global_pool is None else self.global_pool
@@ -332,13 +337,47 @@ class LinprobeSettings(SupervisedSettings):
     epochs: int = result(90, "length of the schedule")
     warmup_epochs: float = result(10, "epochs of linear warm-up of the learning rate")
     blr: float = result(0.1, "base learning rate: lr = blr * effective batch / 256")
-    weight_decay: float = result(0.0, "weight decay of LARS")
+    blrs: list[float] = result([], "in place of --blr: base learning rates of several heads, trained at once")
+    lr_per: Literal["step", "epoch"] = result("step", "whether the learning rate changes with each step or each epoch")
+    optimizer: Literal["lars", "sgd"] = result("lars", "with momentum 0.9")
+    weight_decay: float = result(0.0, "weight decay")
+    crop: Literal["mae", "torchvision"] = result("mae", "random crop: MAE's own, bicubic, or torchvision's, bilinear")
+    batch_norm: bool = result(True, "normalise the features over a micro-batch before the linear layer")
     probe_blocks: int | None = result(None, "probe the output of so many blocks of the encoder; default: all")
+    last_blocks: int = result(1, "concatenate the class tokens of so many last blocks")
+    append_mean: bool = result(False, "append the mean of the last block's patch tokens to the class token")
 
     _pools_by_default: ClassVar[bool] = False
 
+    @property
+    def heads(self) -> dict[str, float]:
+        """Return name and base learning rate of each head of `blrs`."""
+        return {f"blr_{rate:g}": rate for rate in self.blrs}
+
+    def resolved_lr(self, world_size: int) -> float:
+        """Return the peak learning rate; with `blrs` that of the head with the largest."""
+        if not self.blrs:
+            return super().resolved_lr(world_size)
+        return max(self.blrs) * self.resolved_effective_batch_size(world_size) / 256
+
     def check(self) -> None:
-        """Check as `SupervisedSettings.check`; BatchNorm needs two images."""
+        """Check as `SupervisedSettings.check`, and what only linear probing has."""
         super().check()
-        self._check_minimum(2, "batch_size")
-        self._check_minimum(1, "probe_blocks")
+        self._check_minimum(2 if self.batch_norm else 1, "batch_size")  # the variance of one image is 0
+        self._check_minimum(1, "probe_blocks", "last_blocks")
+        if self.pools and (self.append_mean or self.last_blocks > 1):
+            raise ValueError("--global_pool: --last_blocks and --append_mean are of the class token; use --cls_token")
+        self._check_rates()
+
+    def _check_rates(self) -> None:
+        if any(rate <= 0 for rate in self.blrs):
+            raise ValueError(f"--blrs {' '.join(map(str, self.blrs))}: every rate must be above 0")
+        if len(self.heads) < len(self.blrs):
+            raise ValueError(f"--blrs {' '.join(map(str, self.blrs))}: give each rate once")
+        given = {"lr": self.lr is not None, "min_lr": self.min_lr > 0, "clip_grad": self.clip_grad is not None}
+        for name in given:
+            if self.blrs and given[name]:
+                raise ValueError(
+                    f"--{name} {getattr(self, name)}: does not go with --blrs, each of whose heads learns by itself; "
+                    "drop one"
+                )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -37,6 +39,22 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
     if final_norm:
         groups.append({"params": list(model.norm.parameters()), "lr_scale": 1.0, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
+
+
+def head_groups(heads: nn.ModuleList, rates: Collection[float]) -> list[dict]:
+    """Return a group for each of several heads, whose `lr_scale` is its rate over the largest."""
+    scales = [rate / max(rates) for rate in rates]
+    return [{"params": list(h.parameters()), "lr_scale": scale} for h, scale in zip(heads, scales, strict=True)]
+
+
+def probe_sgd(groups: list[dict], weight_decay: float, device: torch.device) -> torch.optim.SGD:
+    """Build SGD of linear probing, with momentum 0.9."""
+    fused = device.type in ("cuda", "cpu")
+    optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, weight_decay=weight_decay, fused=fused)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:  # the fused kernel leaves it unset where the very first step is skipped
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 class LARS(torch.optim.Optimizer):

@@ -23,9 +23,9 @@ def pretrain_transform(size: Size, scale: tuple[float, float], hflip: float, exa
     return (PictureCrop if exact else PixelCrop)(size, scale, hflip)
 
 
-def probe_transform(size: Size, scale: tuple[float, float], hflip: float) -> Callable:
-    """Build MAE's linear-probing augmentation: its own crop, and flip."""
-    crop = SingleDrawResizedCrop(size, scale)
+def probe_transform(size: Size, scale: tuple[float, float], hflip: float, crop: str = "mae") -> Callable:
+    """Build the augmentation of linear probing: MAE's own crop or "torchvision"'s (bilinear), and flip."""
+    crop = (SingleDrawResizedCrop if crop == "mae" else transforms.RandomResizedCrop)(size, scale)
     return transforms.Compose([crop, transforms.RandomHorizontalFlip(hflip), transforms.PILToTensor()])
 
 

@@ -134,11 +134,20 @@ def fold_probe_head(state: State) -> State:
     """Return the probe's head as one linear layer, which computes the same in evaluation mode; other heads stay."""
     if "head.1.weight" not in state:
         return state
+    rest = {name: value for name, value in state.items() if not name.startswith("head.")}
+    if "head.0.running_var" not in state:  # --no_batch_norm
+        return rest | {"head.weight": state["head.1.weight"], "head.bias": state["head.1.bias"]}
     scale = (state["head.0.running_var"] + 1e-6).rsqrt()  # eps as in models_vit.add_probe_head
     weight = state["head.1.weight"] * scale
     bias = state["head.1.bias"] - weight @ state["head.0.running_mean"]
-    rest = {name: value for name, value in state.items() if not name.startswith("head.")}
     return rest | {"head.weight": weight, "head.bias": bias}
+
+
+def is_unlike_others_heads(state: State) -> bool:
+    """Return whether a probe has several heads, or one on several tokens, which no classifier elsewhere has."""
+    head = state.get("head.1.weight")
+    several = head is not None and head.ndim == 2 and head.shape[1] != state["cls_token"].shape[-1]
+    return "head.1.0.weight" in state or several
 
 
 def _published_name(name: str) -> str:
