@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from helpers import ROOT
 
 import masking
+import methods
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
@@ -43,6 +45,16 @@ def test_every_strategy_has_a_row():
     text = (ROOT / "docs" / "MASKING.md").read_text()
     for name in masking.available():
         assert f"\n| `{name}`" in text, name
+
+
+def test_every_method_and_each_of_its_options_is_described():
+    text = (ROOT / "docs" / "METHODS.md").read_text()
+    for name in set(methods.available()) - {"mae"}:
+        assert f"\n| `{name}`" in text, name
+        section = text.partition(f"\n## `{name}`\n")[2].partition("\n## ")[0]
+        found = re.findall(r"`(\w+)`", "".join(re.findall(r"^\|(.*?)\|", section, re.MULTILINE)))
+        options = inspect.signature(methods.base._REGISTRY.find(name)).parameters.keys() - {"model", "strategy"}
+        assert set(found) == options, name
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
