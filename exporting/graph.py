@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import tempfile
@@ -16,8 +15,6 @@ from exporting.exportable import Exportable, build_model
 from methods import base
 from models_base import MaskedModel
 from util.training import tensor_names
-
-_PACKAGES = ("onnx", "onnxscript")
 
 
 class Features(nn.Module):
@@ -45,13 +42,6 @@ def trace(found: Exportable) -> torch.export.ExportedProgram:
     settings = found.settings
     images = torch.zeros(2, settings.in_chans, *settings.size("input_size"))  # torch takes a 1 for a constant
     return torch.export.export(network(found), (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-
-
-def check_packages() -> None:
-    """Raise ValueError unless the packages are there that write ONNX files."""
-    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(f"--to onnx: needs other packages: pip install {' '.join(missing)}")
 
 
 def write_onnx(found: Exportable, path: Path, metadata: Mapping[str, str]) -> None:

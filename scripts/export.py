@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors import SafetensorError
 
-from exporting import formats, graph, hugging_face
-from util import cli
+from exporting import formats, hugging_face
+from util import cli, extras
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_on_user_error():
         check_output(given)
         if given.to == "onnx":
-            graph.check_packages()
+            extras.require("--to onnx", "onnx", "onnxscript")
         found = formats.read(given.checkpoint, given.source, given.model, given.input_size)
         try:
             formats.write(found, given.to, given.output)

@@ -154,4 +154,4 @@ def test_a_mistake_is_one_line(tmp_path, command, capsys, monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else there(name))
     missing = refusal(command, ["none.pth", "--to", "onnx", "--output", tmp_path / "x.onnx"], capsys)
-    assert "--to onnx: needs other packages: pip install onnxscript" in missing
+    assert "--to onnx: needs another package: pip install onnxscript" in missing

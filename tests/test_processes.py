@@ -15,9 +15,12 @@ from runs import assert_same_run, content, flags, pretrain, stopped, torchrun
 from util.training import lock
 
 
-def test_twenty_in_a_row_on_one_of_two_processes_end_both(pictures, tmp_path):
+def test_twenty_in_a_row_on_one_of_two_processes_end_both(pictures, tmp_path, monkeypatch):
+    """Only the first one is shown at W&B."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
     faults = [{"kind": "nan", "forward": list(range(3, 23)), "rank": 1}]
-    result = torchrun(pictures, tmp_path, faults, "--batch_size", 2, "--epochs", 4)
+    result = torchrun(pictures, tmp_path, faults, "--batch_size", 2, "--epochs", 4, "--wandb", "p")
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
     assert result.returncode == 1
     assert "error: 11 steps in a row were skipped, more than --max_skipped_steps 10" in result.stderr
     assert "the loss of rank 1 was not finite on" in result.stderr

@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from util import extras
 from util.distributed import world
 from util.ratios import exact_ratio
 
@@ -77,7 +78,8 @@ class Settings:
     num_workers: int = speed(10, "loader processes per training process")
     pin_mem: bool = speed(True, "page-locked host memory, for faster copies to a GPU")
     output_dir: str = display("./output_dir", "folder for checkpoints, log.txt and config.yaml", path=True)
-    log_dir: str | None = display(None, "folder for TensorBoard; default: --output_dir", path=True)
+    log_dir: str | None = display(None, "folder for TensorBoard and W&B; default: --output_dir", path=True)
+    wandb: str | None = display(None, "project at Weights & Biases to log to beside TensorBoard; needs wandb")
     print_freq: int = display(20, "optimizer steps between two lines of the log")
     save_every_epochs: int | None = display(
         20, "epochs between two checkpoints that are kept; null keeps only the last"
@@ -117,7 +119,15 @@ class Settings:
             raise ValueError(f"--seed {self.seed}: must be below 2^63")
         if self.clip_grad is not None and self.clip_grad <= 0:
             raise ValueError(f"--clip_grad {self.clip_grad}: must be above 0; leave it out for no clipping")
+        if self.wandb is not None:
+            self._check_wandb(self.wandb)
         self.resolved_accum_iter(world.launched_world_size())
+
+    @staticmethod
+    def _check_wandb(project: str) -> None:
+        if not project or len(project) > 128 or any(letter in "/\\#?%:" for letter in project):
+            raise ValueError(f"--wandb {project!r}: name a project, in 1 to 128 letters without / \\ # ? % :")
+        extras.require("--wandb", "wandb")
 
     def _check_minimum(self, minimum: float, *names: str) -> None:
         for name in names:

@@ -20,6 +20,7 @@ from util.distributed.agreement import Agreement
 from util.distributed.signals import Signals
 from util.training import loading, provenance, start
 from util.training.log import RunLog
+from util.training.wandb_run import WandbRun
 
 
 @dataclass
@@ -98,12 +99,18 @@ class Context:
             self.log = RunLog(None)
             return
         folder, done = Path(settings.output_dir), self.content.get("step", 0) if self.content is not None else 0
+        log_dir, resolved = Path(settings.log_dir or folder), self._resolved()
         try:
-            self.log = RunLog(folder, Path(settings.log_dir or folder), self.start_epoch, done)
             if not world.is_main():
+                self.log = RunLog(None)
                 return
-            resolved = self._resolved()
             description = provenance.describe(settings.as_dict(), resolved)
+            wandb_run = None
+            if settings.wandb is not None:
+                rest = {name: value for name, value in description.items() if name != "settings"}
+                config = settings.as_dict() | rest
+                wandb_run = WandbRun(settings.wandb, folder, log_dir, config, self.content is not None)
+            self.log = RunLog(folder, log_dir, self.start_epoch, done, wandb_run)
             provenance.write_config(folder / "config.yaml", description)
         except OSError as error:
             name = Path(error.filename2 or error.filename or folder).name

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from torch.utils.data import DataLoader
 
 from util.distributed import world
-from util.distributed.signals import Interrupted, Preempted
+from util.distributed.signals import PREEMPTED, Interrupted, Preempted
 from util.training import loading, strategy_state
 from util.training.averages import Averages
 from util.training.context import Context
@@ -124,7 +124,7 @@ class Exits:
             f"stopped by {self.context.signals.received or 'a signal to another process'} in epoch {epoch} before step "
             f"{step}; the same command continues there"
         )
-        self.finish()
+        self.finish(PREEMPTED)
         raise Preempted
 
     def fail(self, problem: str, epoch: int, step: int, averages: Averages | None = None) -> NoReturn:
@@ -133,7 +133,7 @@ class Exits:
             self.save_now(epoch, step, averages)
         if problem:
             print(f"error: rank {world.rank()} in epoch {epoch}, step {step}: {problem}", file=sys.stderr, flush=True)
-        self.finish()
+        self.finish(1)
         raise SystemExit(1)
 
     def end(self) -> None:
@@ -146,14 +146,14 @@ class Exits:
             )
         self.finish()
 
-    def finish(self) -> None:
-        """Wait for the last checkpoint, close the files and leave the process group."""
-        finish(self.context, self.state.finish())
+    def finish(self, status: int = 0) -> None:
+        """Wait for the last checkpoint, close the files and leave the process group; `status` is said to W&B."""
+        finish(self.context, self.state.finish(), status)
 
 
-def finish(context: Context, failure: str = "") -> None:
+def finish(context: Context, failure: str = "", status: int = 0) -> None:
     """Close the files and leave the process group; end with status 1 if any process has a `failure` to print."""
-    context.log.close()
+    context.log.close(1 if failure else status)
     failed = context.agreement.maximum(bool(failure))[0]
     world.finish()
     if failure:

@@ -1,4 +1,4 @@
-"""What a run says: lines or a progress bar on the terminal, `log.txt`, TensorBoard."""
+"""What a run says: lines or a progress bar on the terminal, `log.txt`, TensorBoard, W&B."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from util.distributed import world
 from util.training.record import Events, Lines
+from util.training.wandb_run import WandbRun
 
 
 class RunLog:
@@ -23,12 +24,21 @@ class RunLog:
         log_dir: where TensorBoard's events go.
         start_epoch: lines of `log.txt` from this epoch on are dropped, because these epochs are run again.
         start_step: likewise TensorBoard's points from this step on.
+        wandb_run: takes the same points.
     """
 
-    def __init__(self, output_dir: Path | None, log_dir: Path | None = None, start_epoch: int = 0, start_step: int = 0):
+    def __init__(
+        self,
+        output_dir: Path | None,
+        log_dir: Path | None = None,
+        start_epoch: int = 0,
+        start_step: int = 0,
+        wandb_run: WandbRun | None = None,
+    ):
         self._bar: tqdm | None = None
         self._said: set[str] = set()
         self._lines = self._events = None
+        self._wandb_run = wandb_run
         if output_dir is None or not world.is_main():
             return
         self._lines = Lines(output_dir / "log.txt", lambda line: _epoch(line) < start_epoch)
@@ -64,20 +74,23 @@ class RunLog:
             self._bar = None
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write values to TensorBoard."""
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add("scalar", name, value, step)
+        """Write values to TensorBoard and W&B."""
+        self._add("scalar", values, step)
 
     def histogram(self, name: str, values: torch.Tensor, step: int) -> None:
-        """Write a histogram of `values` to TensorBoard."""
-        if self._events is not None:
-            self._events.add("histogram", name, values, step)
+        """Write a histogram of `values` to TensorBoard and W&B."""
+        self._add("histogram", {name: values}, step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        """Write a figure to TensorBoard."""
+        """Write a figure to TensorBoard and W&B."""
+        self._add("figure", {name: figure}, step)
+
+    def _add(self, kind: str, values: dict[str, Any], step: int) -> None:
+        if self._wandb_run is not None:  # before TensorBoard, which closes figures
+            self._wandb_run.log(values, step)
         if self._events is not None:
-            self._events.add("figure", name, figure, step)
+            for name, value in values.items():
+                self._events.add(kind, name, value, step)
 
     def epoch(self, values: dict[str, Any]) -> None:
         """Write one line of `log.txt`."""
@@ -85,11 +98,13 @@ class RunLog:
             self._lines.add(json.dumps(values))
             self._events.flush()
 
-    def close(self) -> None:
-        """Flush and close."""
+    def close(self, status: int = 0) -> None:
+        """Flush and close; `status` is the exit status of the run."""
         if self._lines is not None:
             self._lines.write()
             self._events.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish(status)
 
 
 def _epoch(line: str) -> float:
