@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ class Exportable:
         grid: rows and columns of patches.
         notes: sentences for who converts it: what was assumed, left out, or computes otherwise here.
         probe_blocks: blocks of a probe that has fewer than its architecture.
+        training: what the checkpoint tells of its training, see `model_card.facts`.
     """
 
     state: tensor_names.State
@@ -35,6 +37,7 @@ class Exportable:
     grid: tuple[int, int]
     notes: tuple[str, ...] = ()
     probe_blocks: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from evaluation import checkpoints
-from exporting import graph, hugging_face
+from exporting import graph, hugging_face, model_card
 from exporting.exportable import Exportable, check_names
 from util.training import checkpoint, foreign, tensor_names
 
@@ -52,20 +52,21 @@ def read(
     grid = tuple(side // step for side, step in sizes)
     blocks = checkpoints.probe_blocks(content, path)
     found = Exportable(state, settings, classes, grid, tuple(note for note in notes if note), blocks)
+    found.training = model_card.facts(content, path)
     check_names(path, found)
     checkpoint.check_finite(path, state)
     foreign.check_heads(path, content, found.model(), settings.model)
     return found
 
 
-def write(found: Exportable, target: str | None, path: Path) -> None:
-    """Write for `target` (None: ours), to a file, or to a folder for "hf".
+def write(found: Exportable, target: str | None, path: Path, **card: str) -> None:
+    """Write for `target` (None: ours), to a file, or to a folder for "hf", with `name` and `license` on its card.
 
     Raises:
         ValueError: the other library has no such model, or the suffix is wrong.
     """
     if target == "hf":
-        hugging_face.write(found, path)
+        hugging_face.write(found, path, **card)
         return
     if target == "mae" and found.is_beit:
         raise ValueError(

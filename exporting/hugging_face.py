@@ -8,13 +8,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from exporting import model_card
 from exporting.exportable import Exportable
 from methods import base
 from util.files import write_whole
 from util.ratios import exact_ratio
 from util.training import tensor_names
 
-HUGGING_FACE_FILES = ("model.safetensors", "config.json", "preprocessor_config.json")
+HUGGING_FACE_FILES = ("model.safetensors", "config.json", "preprocessor_config.json", "README.md")
 
 
 def shared_config(found: Exportable) -> dict[str, Any]:
@@ -81,8 +82,18 @@ def beit_config(found: Exportable) -> dict[str, Any]:
     }
 
 
-def write(found: Exportable, folder: Path) -> None:
-    """Write a folder for `from_pretrained`. ValueError: Hugging Face has no such model."""
+def write(found: Exportable, folder: Path, name: str = "", license: str = "unknown") -> None:
+    """Write a folder for `from_pretrained`, with a model card.
+
+    Args:
+        found: the checkpoint.
+        folder: made if need be.
+        name: of the repository on the Hub, for the card; the folder's own if empty.
+        license: of the weights, for the card.
+
+    Raises:
+        ValueError: Hugging Face has no such model.
+    """
     if found.is_beit:
         config, state = beit_config(found), tensor_names.to_beit(found.state)
     else:
@@ -104,3 +115,5 @@ def write(found: Exportable, folder: Path) -> None:
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
     write_whole(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
+    card = model_card.text(found, config["architectures"][0], name or folder.resolve().name, license)
+    write_whole(folder / "README.md", card)

@@ -9,6 +9,7 @@ scripts/export.py mae_pretrain_vit_base.pth --from mae --output ours.pth
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from safetensors import SafetensorError
 
-from exporting import formats, hugging_face
+from exporting import formats, hub, hugging_face
 from util import cli, extras
 
 
@@ -25,16 +26,20 @@ def main(argv: list[str] | None = None) -> None:
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
         check_output(given)
+        card = check_card(given)
         if given.to == "onnx":
             extras.require("--to onnx", "onnx", "onnxscript")
         found = formats.read(given.checkpoint, given.source, given.model, given.input_size)
         try:
-            formats.write(found, given.to, given.output)
+            formats.write(found, given.to, given.output, **card)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"--output {given.output}: cannot be written ({error})") from error
     for note in found.notes:
         print(f"note: {note}")
     print(f"{found.kind} {found.settings.model}, {len(found.state)} tensors: {given.output}")
+    if given.push_to_hub is not None:
+        with cli.exit_on_user_error():
+            print(hub.push(given.output, hugging_face.HUGGING_FACE_FILES, given.push_to_hub))
 
 
 def check_output(given: argparse.Namespace) -> None:
@@ -54,6 +59,21 @@ def check_output(given: argparse.Namespace) -> None:
         raise ValueError(f"--output {output}: {there[0]} exists; choose another name, or replace it with --overwrite")
 
 
+def check_card(given: argparse.Namespace) -> dict[str, str]:
+    """Return what the command says of the model card. ValueError: it is no name on the Hub, or no identifier."""
+    for flag in ("push_to_hub", "license"):
+        if getattr(given, flag) is not None and given.to != "hf":
+            raise ValueError(f"--{flag} {getattr(given, flag)}: only --to hf writes a folder for the Hub; add it")
+    if given.push_to_hub is not None:
+        hub.check(given.push_to_hub)
+    if given.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", given.license):
+        raise ValueError(
+            f"--license {given.license!r}: give its identifier on the Hub, such as apache-2.0, cc-by-nc-4.0 or other"
+        )
+    known = {"name": given.push_to_hub, "license": given.license}
+    return {name: value for name, value in known.items() if value is not None}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,6 +86,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", help="name of the architecture, where the checkpoint does not tell")
     parser.add_argument(
         "--input_size", type=int, nargs="+", help="images' side, or height and width, where the checkpoint does not"
+    )
+    parser.add_argument("--license", help="of the weights, for the model card of --to hf (default: unknown)")
+    parser.add_argument(
+        "--push_to_hub", metavar="NAME", help="upload the folder of --to hf to this repository on the Hugging Face Hub"
     )
     return parser
 

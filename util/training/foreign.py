@@ -14,6 +14,7 @@ from util.kinds import check_kinds
 from util.training import checkpoint, tensor_names
 
 DESCRIPTION = ("args", "grid", "classes")  # what a file of ours tells besides the tensors
+HISTORY = ("epoch", "num_images", "effective_batch_size")  # what a checkpoint tells of its training
 _EPSILON = 1e-6  # of every LayerNorm here
 _CONFIG_KINDS = {
     "num_attention_heads": int,
@@ -31,7 +32,8 @@ def read(path: str | Path) -> dict[str, Any]:
 
     Returns:
         `model`, the state dict under our names, and, as far as it is told, `args` (settings), `grid`, `classes`,
-        `heads`, `decoder_heads` and `notes`: sentences on what was chosen, left out, or computes otherwise here.
+        those of `HISTORY`, `heads`, `decoder_heads` and `notes`: sentences on what was chosen, left out, or computes
+        otherwise here.
 
     Raises:
         ValueError: nothing there, damaged, or a layout that is not known.
@@ -44,7 +46,7 @@ def read(path: str | Path) -> dict[str, Any]:
     content = checkpoint.load(path)
     state = checkpoint.model_state(content, path)
     notes = ["its teacher is taken, not its student"] if checkpoint.takes_teacher(content) else []
-    told = {name: content[name] for name in DESCRIPTION if content.get(name) is not None}
+    told = {name: content[name] for name in DESCRIPTION + HISTORY if content.get(name) is not None}
     args = checkpoint.arguments(content)
     if "arch" in content or "arch" in args:  # of a training by timm or DINO: its settings have other meanings
         told["args"] = {name: args[name] for name in ("mean", "std") if args.get(name) is not None}
