@@ -64,6 +64,7 @@ def measure(
     val_images: int | None = None,
     num_workers: int = 0,
     pool: str = "mean",
+    crop_pct: float = 1.0,
 ) -> dict[str, float | int | list[int]]:
     """Measure the encoder on the data set of its settings.
 
@@ -74,6 +75,7 @@ def measure(
         train_images, val_images: at most so many, evenly spread; all if None.
         num_workers: of the loading.
         pool: "mean" or "cls", for k-NN, RankMe and the linear probe.
+        crop_pct: centre crop over resized side of the images.
 
     Returns:
         The metrics, the numbers of images, and of bad ones, which are named on stderr; the next good one replaces each.
@@ -83,7 +85,8 @@ def measure(
         SystemExit: not one image can be decoded.
     """
     check_numbers(neighbours=neighbours, train_images=train_images, val_images=val_images)
-    sets = _open_sets(opened, metrics, train_images, val_images)
+    check_crop(crop_pct)
+    sets = _open_sets(opened, metrics, train_images, val_images, crop_pct)
     device = opened.normalize.shift.device
     extract = partial(_extract, opened, num_workers)
     result: dict = {"train_images": len(sets.train) if sets.train is not None else 0, "val_images": len(sets.val)}
@@ -108,13 +111,14 @@ def measure(
 
 
 def _open_sets(
-    opened: Opened, metrics: tuple[str, ...], train_images: int | None, val_images: int | None
+    opened: Opened, metrics: tuple[str, ...], train_images: int | None, val_images: int | None, crop_pct: float
 ) -> monitor.ImageSets:
     """Open the data set of a model's settings. ValueError: it cannot give what the metrics need."""
     opened.require("dataset", *["masking"] * ("salience" in metrics))
     check_pictures(opened.settings)
     unlimited = 2**62
-    sets = monitor.open_sets(opened.settings, opened.size, train_images or unlimited, val_images or unlimited)
+    numbers = train_images or unlimited, val_images or unlimited
+    sets = monitor.open_sets(opened.settings, opened.size, *numbers, crop_pct)
     labelled = [name for name in metrics if name in _LABELLED]
     if labelled and sets.train is None:
         raise ValueError(
@@ -143,6 +147,12 @@ def check_numbers(**numbers: int | None) -> None:
     for name, number in numbers.items():
         if number is not None and number < 1:
             raise ValueError(f"--{name} {number}: must be at least 1")
+
+
+def check_crop(crop_pct: float) -> None:
+    """Raise ValueError for a share of the resized side of which no image can be made."""
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"--crop_pct {crop_pct}: must be above 0 and at most 1")
 
 
 def check_cache(opened: Opened, images: int, metric: str) -> None:

@@ -45,10 +45,19 @@ class ImageSets:
     without_labels: str = ""
 
 
-def open_sets(settings: PretrainSettings, size: tuple[int, int], train_images: int, val_images: int) -> ImageSets:
-    """Open the labelled images of the run's data set, else its unlabelled ones, without k-NN. ValueError: none."""
+def open_sets(
+    settings: PretrainSettings, size: tuple[int, int], train_images: int, val_images: int, crop_pct: float = 1.0
+) -> ImageSets:
+    """Open the labelled images of the run's data set, else its unlabelled ones, without k-NN. ValueError: none.
+
+    Args:
+        settings: of the run.
+        size: height and width of an image.
+        train_images, val_images: at most so many.
+        crop_pct: centre crop over resized side.
+    """
     name, path, channels = settings.dataset, settings.data_path, settings.in_chans
-    transform = transforms.evaluation_transform(size, 1.0)
+    transform = transforms.evaluation_transform(size, crop_pct)
 
     def subset(images: datasets.ImageSet, most: int) -> datasets.SeededImages:
         chosen = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)

@@ -53,7 +53,10 @@ def measurements(given: argparse.Namespace, opened: checkpoints.Opened) -> dict:
     """Return what `--metrics` asks for, by name."""
     shared = {name: getattr(given, name) for name in ("neighbours", "train_images", "val_images")}
     if "segmentation" not in given.metrics:
-        return measure.measure(opened, tuple(given.metrics), num_workers=given.num_workers, pool=given.pool, **shared)
+        shared |= {name: getattr(given, name) for name in ("num_workers", "pool", "crop_pct")}
+        return measure.measure(opened, tuple(given.metrics), **shared)
+    if given.crop_pct != 1:
+        raise ValueError(f"--crop_pct {given.crop_pct}: segmentation takes whole images; leave it out")
     if len(given.metrics) > 1:
         raise ValueError(
             f"--metrics {' '.join(given.metrics)}: segmentation needs label masks at --data_path, the others do not; "
@@ -104,6 +107,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--neighbours", type=int, default=10, help="k of k-NN")
     parser.add_argument(
         "--pool", choices=["mean", "cls"], default="mean", help="features: mean of patch tokens, or cls"
+    )
+    parser.add_argument(
+        "--crop_pct", type=float, default=1.0, help="centre crop over resized side; 0.875 in published k-NN accuracies"
     )
     parser.add_argument("--probe_blocks", type=int, help="features: output of so many blocks; default: all")
     parser.add_argument("--train_images", type=int, help="at most so many, evenly spread; default: all")

@@ -76,8 +76,7 @@ def check_numbers(given: argparse.Namespace) -> None:
     """Raise ValueError for numbers of which no picture can be made."""
     if given.rows < 1:
         raise ValueError(f"--rows {given.rows}: must be at least 1")
-    if not 0 < given.crop_pct <= 1:
-        raise ValueError(f"--crop_pct {given.crop_pct}: must be above 0 and at most 1")
+    measure.check_crop(given.crop_pct)
 
 
 def open_model(given: argparse.Namespace) -> tuple[checkpoints.Opened, list[str]]:

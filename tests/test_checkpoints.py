@@ -9,6 +9,7 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, write_pictures
@@ -20,7 +21,7 @@ import models_vit
 from evaluation import checkpoints, drawing, features, figures, measure, monitor
 from methods import base
 from util.config import PretrainSettings
-from util.data import datasets
+from util.data import datasets, transforms
 from util.training import checkpoint
 
 DIGITS = ["--model", "mae_vit_mini_patch4", "--dataset", "digits", "--in_chans", "1"]
@@ -182,6 +183,8 @@ def test_visualize_draws_checkpoints_and_untrained_models(tmp_path, capsys):
         ("evaluate", [*DIGITS, "--train_images", "0"], "--train_images 0: must be at least 1"),
         ("evaluate", [*DIGITS, "--val_images", "0"], "--val_images 0: must be at least 1"),
         ("evaluate", [*DIGITS, "--neighbours", "0"], "--neighbours 0: must be at least 1"),
+        ("evaluate", [*DIGITS, "--crop_pct", "1.5"], "--crop_pct 1.5: must be above 0 and at most 1"),
+        ("evaluate", [*DIGITS, "--metrics", "segmentation", "--crop_pct", "0.9"], "segmentation takes whole images"),
         ("evaluate", [], "name a CHECKPOINT, or an untrained --model"),
         ("evaluate", ["--model", "mae_vit_mini_patch4", "--data_path", "/nowhere"], "there is no such folder"),
         ("sweep", ["none.yaml"], "none.yaml: cannot be read (No such file"),
@@ -267,6 +270,31 @@ def test_evaluate_takes_its_pool_and_neighbours(tmp_path):
     assert evaluate() == pytest.approx(expected["mean", 10])
     assert evaluate("--pool", "cls") == pytest.approx(expected["cls", 10])
     assert evaluate("--neighbours", "1") == pytest.approx(expected["mean", 1])
+
+
+def test_evaluate_votes_as_ibot_does_on_cropped_images(tmp_path):
+    """Once more in NumPy: the class token, cosines, exp(cosine / 0.07), the ten and twenty nearest."""
+    pretrained(tmp_path / "a.pth", dataset="digits", in_chans=1)
+    arguments = [str(tmp_path / "a.pth"), "--metrics", "voting", "--train_images", "300", "--output"]
+    script("evaluate")([*arguments, str(tmp_path / "r.json"), "--crop_pct", "0.5"])
+    found = json.loads((tmp_path / "r.json").read_text())
+    opened = checkpoints.open_checkpoint(tmp_path / "a.pth")
+    crop = transforms.evaluation_transform((16, 16), 0.5)
+    sides = {}
+    for split, most in (("train", 300), ("val", 359)):
+        images = datasets.open_labelled("digits", None, split, 1)
+        chosen = np.linspace(0, len(images) - 1, most).round().astype(int)
+        pixels = torch.stack([crop(images.picture(index)) for index in chosen])
+        tokens = features.encode_images(opened.model, opened.normalize(pixels), "cls").numpy().astype(np.float64)
+        sides[split] = tokens / np.linalg.norm(tokens, axis=1, keepdims=True), images.labels[chosen]
+    cosine = sides["val"][0] @ sides["train"][0].T
+    for number in (10, 20):
+        nearest = np.argsort(-cosine, axis=1, kind="stable")[:, :number]
+        votes = np.zeros((len(cosine), 10))
+        for row, index in enumerate(nearest):
+            np.add.at(votes[row], sides["train"][1][index], np.exp(cosine[row, index] / 0.07))
+        expected = 100 * (votes.argmax(axis=1) == sides["val"][1]).mean()
+        assert found[f"knn_cls_{number}"] == pytest.approx(expected, abs=0.6)  # two images: ties in the cosines
 
 
 def test_visualize_draws_the_mask_and_the_noise_that_are_asked_for(tmp_path):
