@@ -100,6 +100,15 @@ def timm_hub(folder):
     return folder / "hub", model.forward_features
 
 
+def lightly(folder):
+    """The encoder of lightly's masked autoencoder."""
+    modules = pytest.importorskip("lightly.models.modules")
+    backbone = modules.MaskedVisionTransformerTIMM(vit=timm_vit())
+    shaken(backbone)
+    torch.save(backbone.vit.state_dict(), folder / "encoder.pth")
+    return folder / "encoder.pth", backbone.encode
+
+
 def hugging_face(kind, config):
     def write(folder):
         model = shaken(kind(config))
@@ -122,6 +131,7 @@ SOURCES = {
     "timm safetensors": timm_safetensors,
     "timm training": timm_training,
     "timm hub": timm_hub,
+    "lightly": lightly,
     "hf vit": hugging_face(ViTModel, ViTConfig(**HF)),
     "hf classifier": hugging_face(ViTForImageClassification, ViTConfig(**HF, num_labels=5)),
     "hf mae encoder": hugging_face(ViTMAEModel, ViTMAEConfig(**HF)),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
+import runpy
+import shlex
 
 import pytest
 import torch
@@ -11,7 +14,10 @@ from helpers import ROOT
 
 import masking
 import methods
+from util import cli
+from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings
 
+MAINS = {"pretrain": PretrainSettings, "finetune": FinetuneSettings, "linprobe": LinprobeSettings}
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
@@ -64,6 +70,50 @@ def test_links_and_named_files_exist(path):
         assert target.startswith("http") or (path.parent / target).exists(), target
     for name in re.findall(r"`((?:configs|scripts|util|masking|docs|tests)/[\w./]+\.\w+)`", text):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*DOCUMENTS, *sorted((ROOT / "configs").glob("*/*.yaml"))],
+    ids=lambda path: f"{path.parent.name}/{path.name}",
+)
+def test_commands_have_flags_and_values_that_exist(path, monkeypatch):
+    """Parsed as the mains do, recipe included; of the scripts with a parser the names of the flags."""
+    monkeypatch.chdir(ROOT)
+    for words in commands(path):
+        if words[0].startswith("main_"):
+            cli.parse(MAINS[words[0].removeprefix("main_").removesuffix(".py")], words[1:])
+        elif words[0].endswith("_8gpu.sh"):  # recipe, checkpoint, data, output, then flags
+            flags = itertools.dropwhile(lambda word: not word.startswith("--"), words)
+            cli.parse(MAINS[words[0].split("/")[1].split("_")[0]], ["--config", words[1], *flags])
+        else:
+            parser = runpy.run_path(str(ROOT / words[0]), run_name="docs").get("make_parser")
+            known = parser()._option_string_actions if parser else words
+            assert {word.split("=")[0] for word in words[1:] if word.startswith("--")} <= set(known), words
+
+
+def commands(path) -> list[list[str]]:
+    """The words of each command of ours, from the name of the script on: of a document, or of a recipe's header."""
+    text = path.read_text()
+    if path.suffix == ".md":
+        blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        text = "\n".join(
+            [*blocks, *re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))]
+        )
+    else:
+        text = "\n".join(line.removeprefix("#") for line in text.splitlines() if line.startswith("#   "))
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        match = re.search(
+            r"(?:^|\s)((?:main_(?:pretrain|finetune|linprobe)\.py|scripts/\w+(?:_8gpu\.sh|\.py)) .*)", line
+        )
+        if match:
+            found.append([word for word in shlex.split(match[1], comments=True) if word != "..."])
+    return [words for words in found if words[1:]]
+
+
+def test_the_documents_have_commands():
+    assert sum(len(commands(path)) for path in DOCUMENTS) > 60
 
 
 def test_nothing_is_left_to_fill_in():
