@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -93,10 +94,10 @@ def timm_training(folder):
     return folder / "t.pth.tar", model.forward_features
 
 
-def timm_hub(folder):
-    """What timm keeps on the hub of Hugging Face."""
+def timm_hub(folder, **options):
+    """What timm keeps on the hub of Hugging Face: by default the weights are in a `pytorch_model.bin`."""
     model = timm_vit()
-    save_for_hf(model, folder / "hub", safe_serialization=True)
+    save_for_hf(model, folder / "hub", **options)
     return folder / "hub", model.forward_features
 
 
@@ -131,6 +132,7 @@ SOURCES = {
     "timm safetensors": timm_safetensors,
     "timm training": timm_training,
     "timm hub": timm_hub,
+    "timm hub safetensors": partial(timm_hub, safe_serialization=True),
     "lightly": lightly,
     "hf vit": hugging_face(ViTModel, ViTConfig(**HF)),
     "hf classifier": hugging_face(ViTForImageClassification, ViTConfig(**HF, num_labels=5)),

@@ -54,14 +54,14 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def read_folder(folder: Path) -> dict[str, Any]:
-    """Read `config.json` and `model.safetensors`, as `read`."""
-    if not (folder / "config.json").is_file() or not (folder / "model.safetensors").is_file():
+    """Read `config.json` and `model.safetensors`, or `pytorch_model.bin` in its place, as `read`."""
+    files = [folder / name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()]
+    if not (folder / "config.json").is_file() or not files:
         raise ValueError(
             f"{folder}: needs config.json and model.safetensors, as save_pretrained writes them; "
             "of other folders name the file that holds the weights"
         )
-    config = _json_object(folder / "config.json")
-    state = _load_tensors(folder / "model.safetensors")
+    config, state = _json_object(folder / "config.json"), _load_tensors(files[0])
     if "model_type" not in config and "architecture" in config:
         return _ours(folder, state, {"args": _timm_statistics(folder / "config.json", config)})
     told = _describe_hugging_face(folder, config)
@@ -125,6 +125,8 @@ def _read_safetensors(path: Path) -> tuple[tensor_names.State, dict[str, Any]]:
 
 
 def _load_tensors(path: Path) -> tensor_names.State:
+    if path.suffix != ".safetensors":
+        return checkpoint.model_state(checkpoint.load(path), path)
     if not path.is_file():
         raise ValueError(f"{path}: there is no such checkpoint")
     try:
