@@ -172,7 +172,11 @@ def test_a_probe_is_measured_and_exported(pictures, encoder, tmp_path, more):
         torch.testing.assert_close(opened.model.encode(opened.model.embed(images), None), expected)
     found = formats.read(tmp_path / checkpoint.LAST)
     formats.write(found, "timm", tmp_path / "timm.safetensors")
-    assert (found.kind == "encoder") == any("head is left out" in note for note in found.notes) == (len(more) > 1)
+    assert (
+        (found.kind == "encoder")
+        == any("the head is left out: elsewhere" in note for note in found.notes)
+        == (len(more) > 1)
+    )
     if found.kind == "classifier":
         model = models_vit.create_model("vit_mini_patch4", num_classes=3, global_pool=False).eval()
         model.load_state_dict(formats.read(tmp_path / "timm.safetensors", "timm").state)

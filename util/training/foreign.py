@@ -104,7 +104,8 @@ def _ours(path: Path, state: tensor_names.State, told: dict[str, Any]) -> dict[s
             f"{path}: its tensors are called {', '.join(list(state)[:3])}, which is none of the known layouts: "
             "MAE, DINO, timm's ViTs, Hugging Face's ViT and ViTMAE; give the tensors of a plain ViT timm's names"
         )
-    if "head.weight" not in state and "head.1.weight" not in state and any(n.startswith("head.") for n in state):
+    of_classifier = "head.weight" in state or any(name.startswith("head.1.") for name in state)  # fine-tuned or probed
+    if not of_classifier and any(name.startswith("head.") for name in state):
         notes.append("its projection head is left out")
         state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
     return told | {"model": state, "notes": notes}
