@@ -141,8 +141,8 @@ def check(
     grid: tuple[int, int] | None = None,
     offers: Iterable[str] = ("grid", "patch_size", "progress", "epoch", "draw"),
     giver: str = "this method",
-) -> None:
-    """Call `strategy` once on blank tokens of one image.
+) -> Mask:
+    """Call `strategy` once on blank tokens of one image, and return its mask.
 
     Args:
         num_tokens, embed_dim: L and D.
@@ -165,6 +165,7 @@ def check(
             raise ValueError(f"the masking strategy failed on blank tokens: {type(error).__name__}: {error}") from error
     if not isinstance(result, Mask):
         raise ValueError(f"the masking strategy returned {type(result).__name__}; it must return masking.Mask")
+    return result
 
 
 def _blank(num_tokens: int, grid: tuple[int, int]) -> dict:

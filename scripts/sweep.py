@@ -3,7 +3,7 @@
 
 scripts/sweep.py configs/sweeps/digits_ratios.yaml --parallel 2
 scripts/sweep.py configs/sweeps/fig3_mask_ratios.yaml --cluster slurm --ngpus 8 --partition gpu
-scripts/sweep.py SWEEP.yaml --dry_run        # print the commands; --gather only makes the table of what is there
+scripts/sweep.py SWEEP.yaml --dry_run        # print the commands and what they cost; --gather: only the table
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd
 import torch
 
-from studies import sweep, tables, trial
+from studies import cost, sweep, tables, trial
 from util import cli
 from util.distributed import signals, world
 from util.files import write_whole
@@ -46,6 +47,8 @@ def main(argv: list[str] | None = None) -> None:
         if given.dry_run:
             for step in (step for run in runs for step in run.left()):
                 print(shlex.join(["python", step.script, *step.argv]))
+            with processes(given.ngpus):
+                print("".join(f"# {line}\n" for line in cost.describe(runs)), end="")
             return
         status, output = 0, runs[0].folder.parent
         try:
@@ -72,22 +75,30 @@ def open_sweep(given: argparse.Namespace) -> list[trial.SweepRun]:
     check(given)
     content = sweep.load(given.sweep)
     parser = runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="evaluate")["make_parser"]()
-    os.environ["WORLD_SIZE"] = str(given.ngpus)  # settings are checked for trainings of so many processes
     try:
-        runs = sweep.expand(content, given.output)
-        if given.only is not None:
-            found = [run for run in runs if run.folder.name == given.only]
-            if not found:
-                raise ValueError(f"--only {given.only}: no run has this name; one is {runs[0].folder.name}")
-            runs = found
-        sweep.check(runs)
-        for step in (step for run in runs for step in run.steps if step.task == "evaluate"):
-            trial.parsed("measure.evaluate", parser.parse_args, list(step.argv))
+        with processes(given.ngpus):
+            runs = sweep.expand(content, given.output)
+            if given.only is not None:
+                found = [run for run in runs if run.folder.name == given.only]
+                if not found:
+                    raise ValueError(f"--only {given.only}: no run has this name; one is {runs[0].folder.name}")
+                runs = found
+            sweep.check(runs)
+            for step in (step for run in runs for step in run.steps if step.task == "evaluate"):
+                trial.parsed("measure.evaluate", parser.parse_args, list(step.argv))
     except ValueError as error:
         raise ValueError(f"{given.sweep}: {error}") from error
+    return runs
+
+
+@contextlib.contextmanager
+def processes(number: int) -> Iterator[None]:
+    """Check settings in the block for trainings of so many processes."""
+    os.environ["WORLD_SIZE"] = str(number)
+    try:
+        yield
     finally:
         del os.environ["WORLD_SIZE"]
-    return runs
 
 
 def check(given: argparse.Namespace) -> None:
@@ -271,7 +282,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=cli.path_text, help="folder for all runs; default: the file's")
     parser.add_argument("--parallel", type=int, help="runs at a time; default: 1, on SLURM all")
     parser.add_argument("--ngpus", type=int, default=1, help="GPUs, and processes, of a run")
-    parser.add_argument("--dry_run", action="store_true", help="print the commands that are left")
+    parser.add_argument("--dry_run", action="store_true", help="print the commands that are left, and their cost")
     parser.add_argument("--gather", action="store_true", help="only make the table of what is there")
     parser.add_argument("--only", metavar="NAME", help="only the run of this name, without the table")
     parser.add_argument("--cluster", choices=["slurm", "local"], default="local", help="default: here, without SLURM")
