@@ -447,6 +447,22 @@ def test_every_recipe_parses_and_builds(path, monkeypatch):
                 main_linprobe.add_head(model, settings)
 
 
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.parent.name == "pretrain"], ids=lambda path: path.stem)
+def test_a_recipe_says_how_much_disk_its_checkpoints_take(path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8" if path.stem != "digits" else "1")
+    settings = cli.parse(PretrainSettings, ["--config", str(path)])
+    every, last = settings.save_every_epochs, settings.last_epoch
+    if every is None:
+        return
+    with torch.device("meta"):
+        method = methods.from_settings(settings)
+    moments = 2 * sum(p.numel() * p.element_size() for p in method.parameters() if p.requires_grad)
+    size = (moments + sum(t.numel() * t.element_size() for t in method.state_dict().values())) / 1e9
+    number = len([epoch for epoch in range(last + 1) if epoch % every == 0 or epoch == last])
+    told = f"# Disk: {number} checkpoints of {size:.1f} GB are kept ({number * size:.0f} GB); --keep_last N"
+    assert told in path.read_text()
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_key_of_a_recipe_stands_under_its_kind(path):
     text = path.read_text()
