@@ -165,6 +165,18 @@ class SeveralTokens:
         return self.head(torch.cat(tokens, dim=-1))
 
 
+class DrawnDepth:
+    """A part of timm's blocks whose stochastic depth is drawn outside of them.
+
+    With its own rate in it, each block would need a compiled graph of its own, and torch gives up after eight.
+    """
+
+    def draw(self, x: torch.Tensor) -> torch.Tensor:
+        """Draw what the two branches are multiplied by, for each image of x (N, L + 1, D): (2, N, 1, 1)."""
+        ones = x.new_ones(x.shape[0], 1, 1)
+        return torch.stack([self.drop_path1(ones), self.drop_path2(ones)])
+
+
 def keep_blocks(model: nn.Module, number: int | None) -> None:
     """Cut an encoder or classifier, also timm's, down to its first blocks; `number` None leaves it as it is.
 

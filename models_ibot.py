@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, PatchEmbed, to_2tuple
@@ -12,11 +10,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from masking import Mask, RandomMasking
-from models_base import MaskedModel, check_sizes
+from models_base import DrawnDepth, MaskedModel, check_sizes
 from models_mae import layer_norm, register_model
 from util.packing import PackedAttention
 from util.pos_embed import resize_for_views
 from util.precision import full_fp32
+
+
+class DrawnDepthBlock(DrawnDepth, Block):
+    """timm's block, without layer scale, with stochastic depth that is drawn outside of it."""
+
+    def forward(self, x: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+        """Transform x (N, L + 1, D) with what `draw` gave; None keeps both branches of all images."""
+        if kept is None:
+            return super().forward(x)
+        x = x + kept[0] * self.attn(self.norm1(x))
+        return x + kept[1] * self.mlp(self.norm2(x))
 
 
 class IBOTViT(MaskedModel):
@@ -62,8 +71,9 @@ class IBOTViT(MaskedModel):
         self.patch_embed = PatchEmbed(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, embed_dim))
-        block = partial(Block, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer, attn_layer=PackedAttention)
-        self.blocks = nn.ModuleList([block(embed_dim, num_heads) for _ in range(depth)])
+        options = {"mlp_ratio": mlp_ratio, "qkv_bias": True, "norm_layer": norm_layer, "attn_layer": PackedAttention}
+        self.blocks = nn.ModuleList([DrawnDepthBlock(embed_dim, num_heads, **options) for _ in range(depth)])
+        self._drops = False
         self.norm = norm_layer(embed_dim)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -71,13 +81,18 @@ class IBOTViT(MaskedModel):
 
     def set_drop_path(self, rate: float) -> None:
         """Drop branches at random while training: at `rate` in the last block, rising linearly from 0."""
+        self._drops = rate > 0
         for number, block in enumerate(self.blocks):
             share = rate * number / max(len(self.blocks) - 1, 1)
             block.drop_path1, block.drop_path2 = (DropPath(share) if share else nn.Identity() for _ in range(2))
 
     def compile_blocks(self, **options) -> None:
-        """Compile the transformer blocks; `options` go to `torch.compile`."""
-        self._run_block = torch.compile(_block, dynamic=False, fullgraph=True, **options)
+        """Compile the transformer blocks; `options` go to `torch.compile`.
+
+        Views of two sizes, a teacher, and smaller batches at the end of an epoch would be more shapes than the eight
+        graphs that torch allows, so all but the first share one of any size.
+        """
+        self._run_block = torch.compile(_block, fullgraph=True, **options)
 
     def positions(self, images: torch.Tensor) -> torch.Tensor:
         """Return the position table (1, 1 + L, D) for images of this size."""
@@ -124,16 +139,16 @@ class IBOTViT(MaskedModel):
         cls_token = (self.cls_token + self.pos_embed[:, :1]).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
         x = before = torch.cat([cls_token, tokens], dim=1)
         for block in self.blocks:
-            before = x
+            before, kept = x, block.draw(x) if self._drops else None
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(self._run_block, block, x, use_reentrant=False)
+                x = checkpoint(self._run_block, block, x, kept, use_reentrant=False)
             else:
-                x = self._run_block(block, x)
+                x = self._run_block(block, x, kept)
         return self.norm(x), before
 
 
-def _block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return block(x)
+def _block(block: nn.Module, x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+    return block(x, kept)
 
 
 def init_linear(module: nn.Module) -> None:

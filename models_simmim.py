@@ -9,20 +9,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from masking import Mask, RandomMasking
-from models_base import MaskedModel, SeveralTokens, check_sizes
+from models_base import DrawnDepth, MaskedModel, SeveralTokens, check_sizes
 from models_mae import layer_norm, register_model
 
 
-class DrawnDepthBlock(Block):
-    """timm's BEiT block with stochastic depth that is drawn outside of it.
-
-    With its own rate in it, each block would need a compiled graph of its own, and torch gives up after eight.
-    """
-
-    def draw(self, x: torch.Tensor) -> torch.Tensor:
-        """Draw what the two branches are multiplied by, for each image of x (N, L + 1, D): (2, N, 1, 1)."""
-        ones = x.new_ones(x.shape[0], 1, 1)
-        return torch.stack([self.drop_path1(ones), self.drop_path2(ones)])
+class DrawnDepthBlock(DrawnDepth, Block):
+    """timm's BEiT block with stochastic depth that is drawn outside of it."""
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor) -> torch.Tensor:
         """Transform x (N, L + 1, D) with the position bias and what `draw` gave."""

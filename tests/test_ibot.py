@@ -410,3 +410,20 @@ def test_other_numbers_of_patches_and_temperatures_need_no_other_graph():
         gradients = (torch.autograd.grad(losses.sum(), student) for losses in (found, expected))
         torch.testing.assert_close(*gradients)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_twelve_blocks_two_sizes_and_odd_batches_stay_within_the_graphs_that_torch_allows():
+    """Each block has a rate of its own; with more than eight graphs torch would refuse."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model, at = IBOTViT(img_size=32, patch_size=4, embed_dim=48, depth=12, num_heads=4), At(3, 2.0, 10)
+    method = IBOT(model, masking.create("random"), out_dim=32, hidden_dim=24, bottleneck_dim=12, local_size=16).train()
+    for encoder in (method.model, method.student):
+        encoder.compile_blocks(backend="aot_eager")
+    for number in (6, 6, 4, 3):
+        whole = inputs(number)
+        losses = method(whole, method.choose(whole, at), at)
+        sum(loss.sum for loss in losses.values()).backward()
+    with torch.no_grad():
+        method.model.encode(method.model.embed(varied_images(5)))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 5
