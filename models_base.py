@@ -92,6 +92,17 @@ class MaskedModel(nn.Module):
         """Run tokens (N, L, D) from `embed` through the encoder -> (N, L + 1, D), the class token first."""
         raise NotImplementedError
 
+    def class_attention(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute how the class token attends to the patches in the last block, no patch removed. No gradient.
+
+        Args:
+            images: (N, C, H, W), normalised.
+
+        Returns:
+            (N, heads, L) fp32, after the softmax; the class token's attention to itself is left out.
+        """
+        raise NotImplementedError
+
     def predict_pixels(self, tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Predict all patches of tokens (N, L, D), of which `mask` removes some: (N, L, P), as by `patchify`."""
         raise NotImplementedError

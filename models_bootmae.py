@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from masking import Mask, RandomMasking
 from models_base import MaskedModel, SeveralTokens, check_sizes
 from models_mae import layer_norm, register_model
+from util.attention import beit_weights_of_first
 from util.packing import PackedLayout, packed_attention, packed_cross_attention
 from util.pos_embed import sincos_2d
 
@@ -206,6 +207,15 @@ class BootMAEViT(MaskedModel):
             x = self._call(self._block, block, x, layout)
             first = x if first is None else first
         return first, x
+
+    @torch.no_grad()
+    def class_attention(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute how the class token attends to the patches of whole images: (N, C, H, W) -> (N, heads, L)."""
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(images.shape[0], -1, -1)
+        x, last = torch.cat([cls_token, self.embed(images)], dim=1), self.blocks[-1]
+        for block in self.blocks[:-1]:
+            x = self._call(self._block, block, x, None)
+        return beit_weights_of_first(last.attn, last.norm1(x))[..., 1:]
 
     def _call(self, function: Callable, *arguments) -> torch.Tensor:
         if self.grad_checkpointing and torch.is_grad_enabled():

@@ -125,14 +125,7 @@ class MaskedAutoencoderViT(MaskedModel):
 
     @torch.no_grad()
     def class_attention(self, images: torch.Tensor) -> torch.Tensor:
-        """Compute how the class token attends to the patches in the last block, no patch removed.
-
-        Args:
-            images: (N, C, H, W), normalised.
-
-        Returns:
-            (N, heads, L) fp32, after the softmax; the class token's attention to itself is left out.
-        """
+        """Compute how the class token attends to the patches of whole images: (N, C, H, W) -> (N, heads, L)."""
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(images.shape[0], -1, -1)
         x = self._run(self.blocks[:-1], torch.cat([cls_token, self.embed(images)], dim=1))
         last = self.blocks[-1]

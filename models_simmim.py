@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from masking import Mask, RandomMasking
 from models_base import DrawnDepth, MaskedModel, SeveralTokens, check_sizes
 from models_mae import layer_norm, register_model
+from util.attention import beit_weights_of_first
 
 
 class DrawnDepthBlock(DrawnDepth, Block):
@@ -121,15 +122,32 @@ class SimMIMViT(MaskedModel, Beit):
         """Encode tokens (N, L, D), those that `mask` removes replaced -> (N, L + 1, D), the class token first."""
         if mask is not None:
             tokens = torch.where(mask.mask[..., None], self.mask_token.to(tokens.dtype), tokens)
+        return self.norm(self._run(self.blocks, tokens, self._position_bias()))
+
+    @torch.no_grad()
+    def class_attention(self, images: torch.Tensor) -> torch.Tensor:
+        """Compute how the class token attends to the patches of whole images: (N, C, H, W) -> (N, heads, L).
+
+        No loss is of the class token, so that what it asks for in the last block is not learned.
+        """
+        last, bias = self.blocks[-1], self._position_bias()
+        x = self._run(self.blocks[:-1], self.embed(images), bias)
+        return beit_weights_of_first(last.attn, last.norm1(x), bias)[..., 1:]
+
+    def _position_bias(self) -> torch.Tensor | None:
+        """Return the position bias that all blocks share, (heads, L + 1, L + 1), if they do."""
+        return self.rel_pos_bias() if self.rel_pos_bias is not None else None
+
+    def _run(self, blocks: nn.ModuleList, tokens: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Run the class token and tokens (N, L, D) through blocks -> (N, L + 1, D), before the norm."""
         x = torch.cat([self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
-        bias = self.rel_pos_bias() if self.rel_pos_bias is not None else None  # (1, heads, L + 1, L + 1)
-        for block in self.blocks:
+        for block in blocks:
             kept = block.draw(x)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self._run_block, block, x, bias, kept, use_reentrant=False)
             else:
                 x = self._run_block(block, x, bias, kept)
-        return self.norm(x)
+        return x
 
     def forward_decoder(self, latent: torch.Tensor, mask: Mask | None = None) -> torch.Tensor:
         """Predict the pixels of all patches: (N, L + 1, D) -> (N, L, P), in the order of `patchify`."""

@@ -21,12 +21,14 @@ class Column:
         pictures: (N, C, H, W) in 0..1, or maps (N, H, W) in 0..1, drawn in colours.
         captions: one under each picture, or nothing.
         hatched: (N, rows, columns) bool, the patches that are hatched, or None.
+        quantity: what maps show, for the colour bar.
     """
 
     title: str
     pictures: torch.Tensor
     captions: tuple[str, ...] = ()
     hatched: torch.Tensor | None = None
+    quantity: str = ""
 
 
 def hide(images: torch.Tensor, mask: torch.Tensor, grid: tuple[int, int], grey: float = 0.5) -> torch.Tensor:
@@ -47,7 +49,7 @@ def denormalize_patches(pred: torch.Tensor, patches: torch.Tensor) -> torch.Tens
     return pred * (variance + 1e-6).sqrt() + mean
 
 
-def draw(columns: list[Column], *, map_label: str = "salience", cell: float = 1.5) -> Figure:
+def draw(columns: list[Column], *, cell: float = 1.5) -> Figure:
     """Draw the columns side by side. Maps share the scale 0..1 and a colour bar; `cell`: an image's width in inches."""
     rows = len(columns[0].pictures)
     height, width = columns[0].pictures.shape[-2:]
@@ -72,7 +74,8 @@ def draw(columns: list[Column], *, map_label: str = "salience", cell: float = 1.
             if column.captions:
                 axis.set_xlabel(column.captions[row], fontsize=7, labelpad=2)
     if shown is not None:
-        figure.colorbar(shown, ax=axes, label=map_label, fraction=0.02, pad=0.01)
+        quantities = dict.fromkeys(column.quantity for column in columns if column.quantity)
+        figure.colorbar(shown, ax=axes, label=", ".join(quantities), fraction=0.02, pad=0.01)
     return figure
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 import masking
-from evaluation import drawing
+from evaluation import drawing, encoder_views
 from util.config import PretrainSettings
 from util.data import transforms
 from util.ratios import exact_ratio
+
+STANDARD = ("salience", "masks", "rebuilt")
+COLUMNS = ("salience", "attention", "heads", "pca", "masks", "rebuilt")  # what can be drawn beside the image
 
 # What a strategy gets of what it may need: the end of the training, and the middle of what is drawn for a step.
 _OFFERED = {"progress": 1.0, "draw": 0.5}
@@ -94,8 +98,9 @@ def columns(
     temperature: float,
     rebuilt: str | None = None,
     seed: int = 0,
+    names: Sequence[str] = STANDARD,
 ) -> list[drawing.Column]:
-    """Make the columns for `drawing.draw`: image, salience, what each strategy removes, reconstruction, and pasted.
+    """Make the columns for `drawing.draw`: the image, and what `names` says.
 
     Args:
         model: `models_mae.MaskedAutoencoderViT` in evaluation mode.
@@ -105,16 +110,44 @@ def columns(
         temperature: of the salience, see `temperature_of`.
         rebuilt: name of the strategy whose mask is reconstructed; None for a model without a decoder.
         seed: of the noise.
+        names: of `COLUMNS`, in the order in which they are drawn.
     """
     device, grid = normalize.shift.device, model.patch_embed.grid_size
     normalized = normalize(pixels.to(device))
     images = (pixels if pixels.is_floating_point() else pixels.float() / 255).cpu()
     tokens = model.embed(normalized)
     noise = torch.rand(tokens.shape[:2], generator=torch.Generator().manual_seed(seed)).to(device)
-    salience = masking.token_salience(tokens, temperature).view(-1, *grid).cpu()
+    masked = {"masks", "rebuilt"} & set(names)
+    masks = {name: choose_mask(model, strategies[name], normalized, noise) for name in (strategies if masked else ())}
+
+    def salience() -> list[drawing.Column]:
+        maps = masking.token_salience(tokens, temperature).view(-1, *grid).cpu()
+        return [drawing.Column("salience", maps, quantity="salience")]
+
+    def rebuild() -> list[drawing.Column]:
+        if rebuilt is None:
+            return []
+        pred = model.predict_pixels(tokens, masks[rebuilt]).float()
+        found = reconstruct(model, pred, normalized, normalize).cpu()
+        how = "\n(mean, std: image's)" if model.norm_pix_loss else ""
+        pasted = drawing.paste(images, found, masks[rebuilt].mask.cpu(), grid)
+        return [drawing.Column(f"rebuilt: {rebuilt}{how}", found), drawing.Column("rebuilt + visible", pasted)]
+
+    views = {
+        "salience": salience,
+        "attention": lambda: encoder_views.attention(model, normalized),
+        "heads": lambda: encoder_views.heads(model, normalized),
+        "pca": lambda: encoder_views.principal_components(model, normalized),
+        "masks": lambda: _masks(masks, images, grid),
+        "rebuilt": rebuild,
+    }
     title = "image\n(without channel 4)" if images.shape[1] == 4 else "image"
-    found = [drawing.Column(title, images), drawing.Column("salience", salience)]
-    masks = {name: choose_mask(model, strategy, normalized, noise) for name, strategy in strategies.items()}
+    return [drawing.Column(title, images), *(column for name in names for column in views[name]())]
+
+
+def _masks(masks: dict[str, masking.Mask], images: torch.Tensor, grid: tuple[int, int]) -> list[drawing.Column]:
+    """Draw images (N, C, H, W) without what each mask removes."""
+    found = []
     for name, mask in masks.items():
         removed, shares = mask.mask.cpu(), mask.mask.float().mean(dim=1).tolist()
         captions = tuple(f"{share:.0%} removed" for share in shares)
@@ -124,15 +157,7 @@ def columns(
             hidden = drawing.hide(hidden, mask.thrown.cpu(), grid, grey=0.0)
         title = name if len(masks) > 4 else f"mask: {name}"
         found.append(drawing.Column(title, hidden, captions, removed.bool().view(-1, *grid)))
-    if rebuilt is None:
-        return found
-    mask = masks[rebuilt]
-    pred = model.predict_pixels(tokens, mask).float()
-    rebuilt_pixels = reconstruct(model, pred, normalized, normalize).cpu()
-    how = "\n(mean, std: image's)" if model.norm_pix_loss else ""
-    found.append(drawing.Column(f"rebuilt: {rebuilt}{how}", rebuilt_pixels))
-    pasted = drawing.paste(images, rebuilt_pixels, mask.mask.cpu(), grid)
-    return [*found, drawing.Column("rebuilt + visible", pasted)]
+    return found
 
 
 def reconstruct(

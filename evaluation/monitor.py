@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -86,12 +87,12 @@ class Look:
     Attributes:
         values: numbers by name.
         mask_ratios: (n,), of the images.
-        picture: a figure of some images.
+        pictures: figures of some images, by name.
     """
 
     values: dict[str, float] = field(default_factory=dict)
     mask_ratios: torch.Tensor | None = None
-    picture: Figure | None = None
+    pictures: dict[str, Figure] = field(default_factory=dict)
 
 
 @dataclass
@@ -128,14 +129,14 @@ class Monitor:
             if is_due(self.settings.eval_every, epoch, self.settings.last_epoch):
                 found = self.evaluate(model)
             if is_due(self.settings.vis_every, epoch, self.settings.last_epoch):
-                found.picture = self.picture(model)
+                found.pictures = self.pictures(model)
         return found
 
     def report(self, found: Look, step: int) -> dict:
         """Write figures and numbers to TensorBoard, name bad images on stderr, return the numbers for log.txt."""
         self.log.scalars({f"monitor/{name}": value for name, value in found.values.items()}, step)
-        if found.picture is not None:
-            self.log.figure("monitor/masks", found.picture, step)
+        for name, figure in found.pictures.items():
+            self.log.figure(f"monitor/{name}", figure, step)
         line = {f"monitor_{name}": value for name, value in found.values.items()}
         if found.mask_ratios is not None:
             self.log.histogram("monitor/mask_ratio", found.mask_ratios, step)
@@ -156,17 +157,24 @@ class Monitor:
         values |= {name: numbers.mean().item() for name, numbers in found.items()}
         return Look(values, found.get("mask_ratio"))
 
-    def picture(self, model: nn.Module) -> Figure:
-        """Draw the fixed images as the model sees them now."""
+    def pictures(self, model: nn.Module) -> dict[str, Figure]:
+        """Draw the fixed images as the model sees them now: under the masks, and by the encoder alone."""
         images = self._sets.val
         count = min(SHOWN_IMAGES, len(images))
         pixels = torch.stack([images[0, index * len(images) // count][0] for index in range(count)])
         strategies = figures.standard_strategies(self.settings, self.strategy, model.num_patches)
         rebuilt = figures.own_name(self.settings, self.strategy) if model.has_decoder else None
-        temperature = figures.temperature_of(self.strategy)
-        return drawing.draw(
-            figures.columns(model, pixels, self.normalize, strategies, rebuilt=rebuilt, temperature=temperature)
+        draw = partial(
+            figures.columns,
+            model,
+            pixels,
+            self.normalize,
+            strategies,
+            rebuilt=rebuilt,
+            temperature=figures.temperature_of(self.strategy),
         )
+        names = {"masks": figures.STANDARD, "encoder": ("attention", "heads", "pca")}
+        return {name: drawing.draw(draw(names=shown)) for name, shown in names.items()}
 
     def _name_bad(self) -> int:
         """Name new images that cannot be decoded on stderr; return how many there are.

@@ -5,6 +5,7 @@ scripts/visualize.py output/run/checkpoint-last.pth picture.jpg folder/ --output
 scripts/visualize.py --model mae_vit_base_patch16 picture.jpg         # an untrained model
 scripts/visualize.py output/digits/checkpoint-last.pth --dataset digits
 scripts/visualize.py output/run/checkpoint-last.pth picture.jpg --masking all   # every strategy there is
+scripts/visualize.py output/run/checkpoint-last.pth picture.jpg --columns attention,heads,pca   # the encoder
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from evaluation import checkpoints, drawing, figures, measure
 from util import cli
 from util.data import datasets, sources, transforms
 from util.ratios import exact_ratio
+from util.suggest import check_known
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -31,10 +33,11 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_on_user_error():
         take_sizes(given)
         check_numbers(given)
+        names = choose_columns(given)
         check_output(given.output)
         opened, places = open_model(given)
         images = open_images(given, opened, places)
-        strategies, rebuilt = choose_strategies(given, opened)
+        strategies, rebuilt = choose_strategies(given, opened, names)
         named = measure.Named(images, transforms.evaluation_transform(opened.size, given.crop_pct))
         pixels = torch.stack([picture(named, index) for index in range(min(given.rows, len(images)))])
     columns = figures.columns(
@@ -43,12 +46,13 @@ def main(argv: list[str] | None = None) -> None:
         opened.normalize,
         strategies,
         temperature=figures.temperature_of(opened.strategy),
-        rebuilt=rebuilt if opened.has_decoder and (given.rebuild or given.masking != "all") else None,
+        rebuilt=rebuilt,
         seed=given.seed,
+        names=names,
     )
-    if not opened.has_decoder:
-        print("the checkpoint has no decoder: the picture shows salience and masks, without a reconstruction")
-    if not opened.trained and given.masking != "all":
+    if not opened.has_decoder and "rebuilt" in names:
+        print("the checkpoint has no decoder: the picture is without a reconstruction")
+    if not opened.trained and rebuilt:
         print(f"{given.model} is untrained: its reconstruction is noise")
     for note in filter(None, [opened.assumed, *opened.refused.values()]):
         print(f"note: {note}")
@@ -122,8 +126,25 @@ def picture(images: measure.Named, index: int) -> torch.Tensor:
         raise ValueError(str(error)) from error
 
 
-def choose_strategies(given: argparse.Namespace, opened: checkpoints.Opened) -> tuple[dict, str]:
-    """Return the strategies by name, and the one to reconstruct: the checkpoint's, unless `--rebuild` names another."""
+def choose_columns(given: argparse.Namespace) -> tuple[str, ...]:
+    """Return the names of the columns: `--columns`, or the usual ones, without a reconstruction of every strategy."""
+    if given.columns is None:
+        return tuple(n for n in figures.STANDARD if n != "rebuilt" or given.rebuild or given.masking != "all")
+    names = tuple(given.columns.split(","))
+    for name in names:
+        check_known("columns", name, figures.COLUMNS)
+    return names
+
+
+def choose_strategies(
+    given: argparse.Namespace, opened: checkpoints.Opened, names: tuple[str, ...]
+) -> tuple[dict, str | None]:
+    """Return the strategies by name, and the one to reconstruct, if any.
+
+    It is the checkpoint's, unless `--rebuild` names another.
+    """
+    if {"salience", "masks", "rebuilt"}.isdisjoint(names):
+        return {}, None
     if not given.rebuild:
         opened.require("masking")
     choose = figures.every_strategy if given.masking == "all" else figures.standard_strategies
@@ -134,7 +155,7 @@ def choose_strategies(given: argparse.Namespace, opened: checkpoints.Opened) -> 
     rebuilt = given.rebuild or figures.own_name(opened.settings, opened.strategy)
     if rebuilt not in strategies:
         raise ValueError(f"--rebuild {rebuilt}: choose one of {', '.join(strategies)}")
-    return strategies, rebuilt
+    return strategies, rebuilt if opened.has_decoder and "rebuilt" in names else None
 
 
 def check_output(output: Path) -> None:
@@ -159,6 +180,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=cli.path, default=Path("masks.png"), help="PNG or PDF")
     parser.add_argument("--rows", type=int, default=6, help="pictures at most")
+    parser.add_argument(
+        "--columns",
+        metavar="NAME,...",
+        help=f"beside the image: {','.join(figures.COLUMNS)}; default: {','.join(figures.STANDARD)}",
+    )
     parser.add_argument("--rebuild", help="strategy whose mask is reconstructed; default: the checkpoint's own")
     parser.add_argument("--mask_ratio", type=exact_ratio, help="such as 0.75 or 32/49; default: the checkpoint's")
     parser.add_argument(

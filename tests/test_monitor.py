@@ -51,7 +51,7 @@ def test_monitors_change_nothing_and_report(tmp_path):
     assert 0 < last["monitor_salience_entropy"] <= 1
     tags = EventAccumulator(str(tmp_path / "with")).Reload().Tags()
     assert {"monitor/knn", "monitor/rank_me", "monitor/salient_share"} <= set(tags["scalars"])
-    assert "monitor/masks" in tags["images"]
+    assert {"monitor/masks", "monitor/encoder"} <= set(tags["images"])
     assert "monitor/mask_ratio" in tags["histograms"]
 
 
@@ -125,12 +125,15 @@ def test_the_picture_shows_the_salience_of_the_run_s_temperature():
     args = {"masking": "sbam", "masking_args": ["temperature=9"], "dataset": "digits", "in_chans": 1}
     settings = PretrainSettings(model="mae_vit_mini_patch4", vis_every=1, **args)
     model, looking = base.build_model(settings), watcher(settings)
-    figure = looking.look(model, 0).picture
+    figures = looking.look(model, 0).pictures
+    figure = figures["masks"]
     maps = [image.get_array() for axis in figure.axes for image in axis.images if image.get_array().shape == (4, 4)]
     images = looking._sets.val
     pixels = torch.stack([images[0, index * len(images) // 6][0] for index in range(6)])
     expected = masking.token_salience(model.embed(looking.normalize(pixels)), 9.0)
     torch.testing.assert_close(torch.tensor(np.stack(maps)).flatten(1), expected.detach())
+    titles = ["image", "attention", "head 1", "head 2", "head 3", "PCA"]
+    assert [axis.get_title() for axis in figures["encoder"].axes if axis.get_title()] == titles
 
 
 def test_bad_pictures_and_missing_labels_are_said_once(tmp_path, capsys):

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Attention
 from torch.nn.attention.varlen import varlen_attn
 
+from util.attention import weights_of_first
+
 # Graphs compiled for one bound of the length serve every batch below it.
 _BOUND = 128
 _VARLEN_DTYPES = (torch.float16, torch.bfloat16)
@@ -172,4 +174,4 @@ class PackedAttention(Attention):
     def weights_of_first(self, x: torch.Tensor) -> torch.Tensor:
         """Return how the first token attends to all: (N, K, D) -> (N, H, K) fp32, after the softmax."""
         query, key, _ = _heads_first(self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)))
-        return ((query[:, :, :1] * self.scale).float() @ key.float().transpose(-2, -1)).softmax(dim=-1)[:, :, 0]
+        return weights_of_first(query, key, self.scale)
