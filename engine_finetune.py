@@ -111,6 +111,7 @@ def fit(
     update = GradientStep(forward, optimizer, state.scaler, settings.clip_grad)
     job = Job(context, state)
     evaluate_now = evaluator(context, given, model, job)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     for epoch in job.epochs():
         train = train_one_epoch(method, job, update, epoch)
         world.average_buffers(model)
@@ -120,7 +121,8 @@ def fit(
         context.log.scalars({f"test/{name}": value for name, value in test.items()}, (epoch + 1) * len(loader))
         line = {f"train_{name}": value for name, value in train.items()}
         line |= {f"test_{name}": value for name, value in test.items()}
-        context.log.epoch(line | {"test_acc1_best_epoch": state.best, "epoch": epoch})
+        line |= {"test_acc1_best_epoch": state.best, "epoch": epoch, "n_parameters": n_parameters}
+        context.log.epoch(line)
         job.exits.save_epoch(epoch)
     if state.start_epoch > settings.last_epoch:
         context.signals.leave_at_once()
@@ -233,4 +235,6 @@ def _describe(when: str, test: dict[str, float], best: float) -> str:
     return (
         f"{when}: accuracy on {test['images']} validation images{head}: {test['acc1']:.2f}% "
         f"(top 5 {test['acc5']:.2f}%, loss {test['loss']:.4f}); best epoch so far, chosen on these images: {best:.2f}%"
+        # What scripts around MAE look for in its output.
+        f"\n* Acc@1 {test['acc1']:.3f} Acc@5 {test['acc5']:.3f} loss {test['loss']:.3f}"
     )

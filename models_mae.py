@@ -23,6 +23,10 @@ from util.suggest import check_known
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
 
 _MODELS: dict[str, Callable[..., MaskedAutoencoderViT]] = {}
+# MAE's, which say that the decoder has 8 blocks of 512.
+_FULL_NAMES = {
+    f"{name}_dec512d8b": name for name in ("mae_vit_base_patch16", "mae_vit_large_patch16", "mae_vit_huge_patch14")
+}
 
 
 class MaskedAutoencoderViT(MaskedModel):
@@ -288,6 +292,7 @@ def available_models() -> list[str]:
 
 def create_model(name: str, **options) -> MaskedAutoencoderViT:
     """Build the registered model `name`; `options` go to `MaskedAutoencoderViT`. ValueError for an unknown name."""
+    name = _FULL_NAMES.get(name, name)
     check_known("model", name, available_models())
     return _MODELS[name](**options)
 

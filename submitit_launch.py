@@ -38,8 +38,9 @@ class Job:
         from util.distributed import slurm
 
         slurm.describe_rank()
+        argv = [word.replace("%j", os.environ["SLURM_JOB_ID"]) for word in self.argv]
         with slurm.requeued():
-            importlib.import_module(f"main_{self.task}").main(self.argv)
+            importlib.import_module(f"main_{self.task}").main(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     if settings.output_dir == TASKS[given.task]().output_dir:  # neither a flag nor the file names one
         task_argv += ["--output_dir", str(folder)]
     if given.cluster == "local":
+        with cli.exit_on_user_error():
+            check_has_number(folder)
         run_here(given, task_argv)
         return
     with cli.exit_on_user_error():
@@ -70,6 +73,12 @@ def check(given: argparse.Namespace) -> None:
         raise ValueError(f"--nodes {given.nodes}: --cluster local is this machine alone; leave it out")
     for name in ("job_name", *SLURM_FLAGS):
         cli.check_printable(name, getattr(given, name) or "")
+
+
+def check_has_number(folder: Path) -> None:
+    """Raise ValueError if a folder is named after the number of a SLURM job, and there is none."""
+    if "%j" in str(folder):
+        raise ValueError(f"--job_dir {folder}: %j is a SLURM job's number, which --cluster local has not; leave it out")
 
 
 def check_task(given: argparse.Namespace, task_argv: list[str]) -> Settings:
@@ -160,12 +169,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=int, default=4320, help="minutes until the job is queued again")
     parser.add_argument("--mem", type=int, help="GB per machine; default: the partition's")
     parser.add_argument("--cpus_per_task", type=int, default=10, help="cores per process")
-    parser.add_argument("--job_dir", type=cli.path_text, help="folder for SLURM's logs and the default --output_dir")
+    parser.add_argument(
+        "--job_dir", type=cli.path_text, help="for SLURM's logs, and the default --output_dir; %%j: job"
+    )
     parser.add_argument("--job_name", default="mae", help="name in the queue")
     parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm", help="local runs here, without SLURM")
     parser.add_argument("--dry_run", action="store_true", help="print what would be submitted, and stop")
     for name in SLURM_FLAGS:
         parser.add_argument(f"--{name}", help=f"SLURM's --{name}")
+    volta = {"dest": "constraint", "action": "store_const", "const": "volta32gb"}
+    parser.add_argument("--use_volta32", **volta, help="MAE's name for --constraint volta32gb")
     return parser
 
 

@@ -24,7 +24,9 @@ LAYERS = [
     {"engine_pretrain"},
     {"engine_finetune"},
     {"evaluation"},
-    {"exporting", "studies", "main_pretrain", "main_finetune", "main_linprobe", "submitit_launch"},
+    {"exporting", "studies", "main_pretrain", "main_finetune", "main_linprobe"},
+    {"submitit_launch"},
+    {"submitit_pretrain", "submitit_finetune", "submitit_linprobe"},
     {"benchmarks"},
     {"scripts"},
 ]

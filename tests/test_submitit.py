@@ -63,7 +63,7 @@ def test_a_dry_run_prints_what_sbatch_would_get(tmp_path, capsys, monkeypatch):
         *((["--dry_run", f"--{name}", "a\nrm -r x"], f"--{name} 'a\\nrm -r x': has a control") for name in TEXTS),
         (["--dry_run", "--job_dir", "a\nb"], "has a control character, such as a line break; take it out"),
         (["--dry_run", "--comment", "a\x1b[31m"], "has a control character"),
-        (["--use_volta32"], "give submitit_launch.py --constraint volta32gb instead"),
+        (["--cluster", "local", "--job_dir", "x/%j"], "%j is a SLURM job's number, which --cluster local has not"),
         (["--dataset", "digits"], "sbatch is not on this machine"),
     ],
 )

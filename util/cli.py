@@ -32,7 +32,7 @@ _RETIRED = {
     "dist_backend": "it follows from --device: nccl on GPUs, gloo on CPUs; leave it out",
     "start_epoch": "a run continues at the step of its checkpoint; give the same command again, or --resume FILE",
     "resplit": "random erasing is never applied to a part of the batch alone; leave it out",
-    "use_volta32": "give submitit_launch.py --constraint volta32gb instead",
+    "use_volta32": "give it to submitit_launch.py, which chooses the machines",
 }
 _BOOLEANS = {"true": True, "yes": True, "false": False, "no": False}
 
@@ -44,6 +44,9 @@ def parse(settings_class: type[SettingsT], argv: list[str] | None = None) -> Set
     impossible value; with status 0 after `--help` and `--print_config`.
     """
     given, unknown = make_parser(settings_class).parse_known_args(argv)
+    # `python -m torch.distributed.launch` passes on what the environment says, too.
+    rank = os.environ.get("LOCAL_RANK")
+    unknown = [word for word in unknown if word not in (f"--local-rank={rank}", f"--local_rank={rank}")]
     with exit_on_user_error():
         if unknown:
             raise ValueError(_not_known(unknown[0], settings_class))

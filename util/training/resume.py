@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from torch import nn
 from util.config import Settings, names_of_kind
 from util.data.datasets import ImageSet
 from util.data.step_loader import StepPlan
+from util.distributed import world
 from util.training import checkpoint, training_state
 
 # Settings that change the result, but not that of a run that continues: what it starts from is not read again, and the
@@ -104,5 +107,20 @@ def changed_settings(content: dict, settings: Settings) -> list[str]:
     """Return what a continued run does otherwise than before: `--name old -> new`, of what changes the result."""
     before, now = checkpoint.arguments(content), settings.as_dict()
     compared = names_of_kind(type(settings), "result") & before.keys() - _NOT_COMPARED
-    names = [name for name in now if name in compared and before[name] != now[name]]
+    names = [name for name in now if name in compared and not _same(name, before[name], now[name], settings)]
     return [f"--{name} {before[name]} -> {now[name]}" for name in names]
+
+
+def _same(name: str, before: Any, now: Any, settings: Settings) -> bool:
+    """Return whether two values mean the same: MAE's files have one size for a list, and what follows from others."""
+    if not _listed(now) and before is not None:  # what is not given follows from others
+        follows = {"lr": settings.resolved_lr(world.world_size()), "global_pool": getattr(settings, "pools", None)}
+        follows |= dict.fromkeys(("nb_classes", "input_size", "patch_size"), before)  # another architecture is refused
+        now = follows.get(name, now)
+    if isinstance(before, float) and isinstance(now, float):
+        return math.isclose(before, now)
+    return _listed(before) == _listed(now)
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [] if value is None else [value]
