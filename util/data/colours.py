@@ -16,7 +16,8 @@ class Colours:
     """Jitter with probability 0.8, then grey with 0.2, blur and solarisation: the last steps of DINO, iBOT and CMAE.
 
     The steps are those of `v2.ColorJitter`, `RandomGrayscale`, `GaussianBlur` (13 pixels, deviation 0.1 to 2) and
-    `RandomSolarize`, drawn alike. Hue and blur round differently: fewer than one value in 10,000 is 1 level off.
+    `RandomSolarize`, drawn alike. Hue and blur round differently, each by at most 1 level: after all steps
+    fewer than one value in 1,000 differs, by at most 3 levels.
 
     Args:
         jitter: of brightness, contrast, saturation and hue, as for `v2.ColorJitter`.
@@ -78,7 +79,7 @@ def hue(x: torch.Tensor, shift: float) -> torch.Tensor:
 
 
 def blur(x: torch.Tensor, deviation: float) -> torch.Tensor:
-    """Blur x (c, h, w) by a Gaussian over at most 13 pixels each way, reflected at the borders."""
+    """Blur x (c, h, w) by a Gaussian over at most 13 x 13 pixels, reflected at the borders."""
     radius = min(6, math.ceil(6 * deviation))
     weights = torch.arange(-radius, radius + 1).div(deviation).square().div(-2).softmax(dim=0).tolist()
     padded = F.pad(x, [radius] * 4, mode="reflect")
