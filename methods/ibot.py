@@ -135,9 +135,10 @@ class IBOT(Method):
 
     @classmethod
     def from_settings(cls, settings: PretrainSettings, weights: dict | None = None, /, **options) -> IBOT:
-        """Build the method. ValueError, besides those of every method: the images are not RGB."""
+        """Build the method. ValueError, besides those of every method: images that are not RGB, a ratio of the masks."""
         if settings.in_chans != 3:
             raise ValueError(f"--in_chans {settings.in_chans}: --method ibot changes colours, and needs 3 channels")
+        _check_ratio_is_free(settings)
         method = super().from_settings(settings, weights, **options)
         size, scale, own = method.model.patch_embed.img_size, tuple(settings.crop_scale), method.local_size
         method.views = MultiCrop(size, scale, settings.hflip, (own, own), method.local_scale, method.local_number)
@@ -290,6 +291,24 @@ class IBOT(Method):
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """Return the optimizer's groups: 1-D tensors and biases are not decayed; tokens and positions are."""
         return param_groups_weight_decay(self, weight_decay)
+
+
+def _check_ratio_is_free(settings: PretrainSettings) -> None:
+    """Raise ValueError for settings of the masks that the ratio of each view would pass over in silence."""
+    if settings.mask_ratio != PretrainSettings.mask_ratio:
+        raise ValueError(
+            f"--mask_ratio {settings.mask_ratio}: --method ibot draws the ratio of each view; leave it out, and give "
+            "--method_args pred_ratio=... instead"
+        )
+    if settings.masking == "schedule":
+        raise ValueError(
+            "--masking schedule: changes a ratio that --method ibot draws for each view; name the strategy itself"
+        )
+    if settings.masking == "block" and settings.masking_args:
+        raise ValueError(
+            f"--masking_args {' '.join(settings.masking_args)}: --method ibot draws blocks by iBOT's rule, which has "
+            "no options; leave them out"
+        )
 
 
 def compare(
