@@ -135,7 +135,7 @@ class IBOT(Method):
 
     @classmethod
     def from_settings(cls, settings: PretrainSettings, weights: dict | None = None, /, **options) -> IBOT:
-        """Build the method. ValueError, besides those of every method: images that are not RGB, a ratio of the masks."""
+        """Build the method. ValueError, besides those of every method: other images than RGB, a ratio of the masks."""
         if settings.in_chans != 3:
             raise ValueError(f"--in_chans {settings.in_chans}: --method ibot changes colours, and needs 3 channels")
         _check_ratio_is_free(settings)
