@@ -24,7 +24,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
 
 
 def where(table: pd.DataFrame, conditions: list[str]) -> pd.DataFrame:
-    """Return the rows that match every `NAME=VALUE`. ValueError: a condition has another form, or matches no row."""
+    """Return the rows that match every `NAME=VALUE`, where no VALUE is an empty cell. ValueError: one matches no row."""
     for condition in conditions:
         name, equals, value = condition.partition("=")
         if not equals:
@@ -32,6 +32,7 @@ def where(table: pd.DataFrame, conditions: list[str]) -> pd.DataFrame:
         _check_column(table, name)
         number = pd.to_numeric(pd.Series([value]), errors="coerce")[0]
         equal = (table[name].astype(str) == value) | (pd.to_numeric(table[name], errors="coerce") == number)
+        equal = equal if value else table[name].isna()
         if not equal.any():
             found = ", ".join(map(str, table[name].dropna().unique()))
             raise ValueError(f"--where {condition}: no row has it; {name} is {found}")

@@ -74,6 +74,15 @@ def test_differences_are_paired_by_seed(tmp_path, capsys):
     assert f"| sbam | 2.00 ± {half:.2f} | -2.00 ± {half:.2f} | 3 |" in capsys.readouterr().out
 
 
+def test_no_value_is_an_empty_cell(tmp_path, capsys):
+    """As a sweep writes `masking_args: []`."""
+    table = pd.DataFrame({"masking_args": [None, "cell=2"], "seed": 0, "checkpoint": "last", "knn": [60.0, 61.5]})
+    table.to_csv(tmp_path / "results.csv", index=False)
+    script("compare")([str(tmp_path / "results.csv"), "--to", "masking_args="])
+    assert "| cell=2 | 1.50 | 1 |" in capsys.readouterr().out
+    assert tables.where(tables.read_csv(tmp_path / "results.csv"), ["masking_args="])["knn"].tolist() == [60]
+
+
 def test_what_cannot_be_compared_is_said(tmp_path, capsys):
     table = pd.DataFrame({"masking": ["random", "sbam"], "seed": [0, 1], "checkpoint": "last", "knn": [60.0, 61.0]})
     for given, said in (
