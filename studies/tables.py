@@ -24,7 +24,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
 
 
 def where(table: pd.DataFrame, conditions: list[str]) -> pd.DataFrame:
-    """Return the rows that match every `NAME=VALUE`, where no VALUE is an empty cell. ValueError: one matches no row."""
+    """Return the rows that match every `NAME=VALUE`; no VALUE means an empty cell. ValueError: one matches no row."""
     for condition in conditions:
         name, equals, value = condition.partition("=")
         if not equals:
