@@ -17,6 +17,7 @@ import main_pretrain
 import masking
 from masking.attention import attention_map, crop_map
 from methods import attention_maps
+from util.attention import weights_of_first
 
 INPUTS = ("config", "map_images", "images", "image_size", "crop_box", "flip")
 AMT = ["--masking", "amt", "--masking_args", "refresh_epochs=1", "--mask_ratio", 0.85, "--epochs", 4]
@@ -50,6 +51,16 @@ def test_everything_against_the_goldens():
 def test_a_head_that_attends_to_all_alike_is_no_zero_over_zero():
     flat = torch.full((1, 2, 16), 1 / 16)
     assert (attention_map(flat) == 1).all()
+
+
+def test_autocast_does_not_round_the_scores_of_attention():
+    """Scores of 10 in bf16 are off by up to 2%, and weights by as much; which patches come first would change."""
+    torch.manual_seed(0)
+    query, key = 2 * torch.randn(2, 3, 4, 9, 80, dtype=torch.bfloat16)  # (N, H, K, d) each
+    with torch.autocast("cpu", torch.bfloat16):
+        found = weights_of_first(query, key, 80**-0.5)
+    expected = (query[:, :, :1].double() @ key.double().transpose(2, 3) * 80**-0.5).softmax(dim=-1)[:, :, 0]
+    torch.testing.assert_close(found, expected.float(), rtol=1e-5, atol=1e-7)
 
 
 def test_the_crop_of_a_map_is_where_the_crop_of_the_image_is():

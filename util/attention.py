@@ -17,9 +17,10 @@ def weights_of_first(
         scale: of the queries.
         bias: (H, K, K) or (1, H, K, K), added before the softmax.
     """
-    scores = (query[:, :, :1] * scale).float() @ key.float().transpose(-2, -1)  # (N, H, 1, K)
-    scores = scores if bias is None else scores + bias[..., :1, :]
-    return scores.softmax(dim=-1)[:, :, 0]
+    with torch.autocast(query.device.type, enabled=False):  # it would round the scores to half precision
+        scores = (query[:, :, :1].float() * scale) @ key.float().transpose(-2, -1)  # (N, H, 1, K)
+        scores = scores if bias is None else scores + bias[..., :1, :]
+        return scores.softmax(dim=-1)[:, :, 0]
 
 
 def beit_weights_of_first(attention: beit.Attention, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
