@@ -13,7 +13,7 @@ from helpers import ROOT, environment, tiny_mae, varied_images
 from torch.utils.flop_counter import FlopCounterMode
 
 import masking
-from benchmarks import methods, report, saving, timing, views
+from benchmarks import methods, report, saving, timing, training, views
 from benchmarks.contenders import PaddedMAE, SpreadCounts
 from benchmarks.measure import peak_memory, training_flops
 from benchmarks.pictures import write_jpegs
@@ -65,6 +65,15 @@ def test_peak_memory_counts_what_a_step_allocates():
     kept = [torch.zeros(8 * megabyte // 4)]
     peak = peak_memory(lambda: torch.ones(64 * megabyte // 4).sum(), kept)
     assert 60 * megabyte <= peak - 8 * megabyte < 96 * megabyte  # pages are counted by the kernel
+
+
+@pytest.mark.parametrize("free", [20e9, 47e9, 140e9])
+def test_every_contender_fits_beside_the_others(free):
+    """Of ViT-B as measured, in bytes: a model, and 256 images in a step of ours and of a plain MAE."""
+    model, ours, plain = 1.8e9, 11.5e9, 20.9e9
+    batch = training.largest_batch(free, ours / 256, model, limit=512)
+    assert 4 * model + batch * plain / 256 < free
+    assert batch == {20e9: 64, 47e9: 256, 140e9: 512}[free]
 
 
 def test_the_cost_of_saving_is_that_of_a_whole_checkpoint(tmp_path):
