@@ -10,4 +10,4 @@ if [[ " $* " != *" --dry_run "* && ! -d data/imagenette/train ]]; then
   exit 2
 fi
 python scripts/sweep.py "$sweep" "$@"
-[[ $# != 0 ]] || scripts/gpu_check.sh output/imagenette_224/gpu_check
+[[ $# != 0 ]] || PATIENCE=${PATIENCE:-4} scripts/gpu_check.sh output/imagenette_224/gpu_check
