@@ -182,6 +182,9 @@ class Method(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile what is worth it: the blocks and the loss; flip, conversion and normalisation in one pass."""
+        # Each size of micro-batch needs graphs of its own: an epoch ends with two others, a look at the model has more.
+        # After torch's eight a run would end; that timm.optim lifts the limit is not to be relied on.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for module in self.modules():  # a teacher's model, too
             if isinstance(module, MaskedModel):
                 module.compile_blocks()

@@ -124,6 +124,17 @@ def test_gradients_can_be_frozen_and_clipped_one_by_one():
     assert sum(value > 0.99e-4 for value in moved.values()) > 20
 
 
+def test_more_sizes_of_batches_than_torch_has_graphs_for_do_not_end_a_run():
+    torch._dynamo.reset()
+    method = methods.create("mae", model=tiny_mae(depth=1), strategy=masking.create("random"))
+    method.set_normalize(torch.nn.Identity())
+    with torch._dynamo.config.patch(recompile_limit=8), torch.no_grad():
+        method.compile_parts()
+        method.model.compile_blocks(backend="eager")
+        for number in range(2, 12):
+            method.model.encode(method.model.embed(varied_images(number)), None)
+
+
 def test_schedules_of_a_method_reach_the_optimizer(pictures, tmp_path, monkeypatch):
     (tmp_path / "frozen.py").write_text("from test_methods import Frozen\n")
     monkeypatch.chdir(tmp_path)
