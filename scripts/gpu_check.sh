@@ -17,12 +17,12 @@ run() { # NAME SECONDS COMMAND...: output into a file, the status remembered
   [[ $status == 0 ]] || { echo "   failed with status $status"; failed=1; }
   tail -n 40 "$out/$name.txt"
 }
-run tests 240 python -m pytest -m gpu -p no:cacheprovider tests/test_gpu.py
+run tests 300 python -m pytest -m gpu -p no:cacheprovider tests/test_gpu.py
 run train 400 python scripts/benchmark.py train --json "$out/train.json"
 others="hpm simmim bootmae cmae" # iBOT has twelve views
 run methods 90 python scripts/benchmark.py methods --methods $others --batch_size 256 --rounds 4 --json "$out/methods.json"
 run ibot 120 python scripts/benchmark.py methods --methods ibot --batch_size 64 --rounds 4 --json "$out/ibot.json"
-run methods_compiled 240 python scripts/benchmark.py methods --methods $others --batch_size 256 --rounds 4 --compile \
+run methods_compiled 300 python scripts/benchmark.py methods --methods $others --batch_size 256 --rounds 4 --compile \
   --json "$out/methods_compiled.json"
 run growth 60 python scripts/benchmark.py growth --models base --batch_size 64 --rounds 3 --json "$out/growth.json"
 run save 60 python scripts/benchmark.py save --rounds 3 --json "$out/save.json"
