@@ -51,12 +51,12 @@ class ShiftedViews:
 
 
 class FeatureDecoder(nn.Module):
-    """A decoder like the model's, with parameters of its own, that predicts features of width D."""
+    """A decoder of blocks like the model's, with parameters of its own, that predicts features of width D."""
 
     def __init__(self, model: MaskedAutoencoderViT, depth: int):
         super().__init__()
         self.decoder_embed = copy.deepcopy(model.decoder_embed)
-        self.decoder_blocks = copy.deepcopy(model.decoder_blocks[:depth])
+        self.decoder_blocks = nn.ModuleList([copy.deepcopy(model.decoder_blocks[0]) for _ in range(depth)])
         self.decoder_norm = copy.deepcopy(model.decoder_norm)
         self.decoder_pred = nn.Linear(model.decoder_embed.out_features, model.decoder_embed.in_features)
         for module in self.modules():
@@ -114,8 +114,6 @@ class CMAE(Method):
         for name, value in (("feature_depth", feature_depth), ("hidden_dim", hidden_dim), ("proj_dim", proj_dim)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
-        if feature_depth > len(model.decoder_blocks):
-            raise ValueError(f"feature_depth is {feature_depth}; the model's decoder has {len(model.decoder_blocks)}")
         self.pixel_weight = check_number("pixel_weight", pixel_weight)
         self.contrast_weight = check_number("contrast_weight", contrast_weight)
         self.temperature = check_number("temperature", temperature, exclusive=True)

@@ -39,6 +39,11 @@ def golden_json(name: str):
     return json.loads((GOLDENS / f"{name}.json").read_text())
 
 
+def with_config(arrays: dict[str, np.ndarray], **settings) -> dict[str, np.ndarray]:
+    """The arrays of a golden with other settings in its `config`."""
+    return arrays | {"config": np.array(json.dumps(json.loads(str(arrays["config"])) | settings))}
+
+
 def tensor(array: np.ndarray) -> torch.Tensor:
     """A fresh tensor with the array's values."""
     return torch.from_numpy(np.array(array))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from faults import injected
-from helpers import golden, golden_json, log_lines, refusal, tiny_mae, varied_images, write_pictures
+from helpers import golden, golden_json, log_lines, refusal, tiny_mae, varied_images, with_config, write_pictures
 from reference import cmae, cmae_amr
 from runs import assert_same_run, content, flags
 
@@ -50,6 +50,38 @@ def test_everything_against_the_goldens(name, reference, inputs):
             floor = 1e-5 / 2e-4 if key.endswith(ZERO) else 1e-3
             bound = (2e-4 if "grad" in key or "after" in key else 1e-5) * max(np.abs(known).max(), floor)
             np.testing.assert_allclose(value, known, rtol=0, atol=bound, err_msg=key)
+
+
+def test_the_reference_takes_other_settings():
+    """No weight of either loss, cells of one patch, images in float64."""
+    data = golden("cmae_tiny")
+    known = {k: v for k, v in data.items() if k.startswith("state/")}
+    known |= {k: data[k].astype(np.float64) for k in ("images", "images_target")}
+    known |= {"config": data["config"], "mask/noise": np.random.default_rng(0).random((4, 64))}
+    found = cmae.compute(with_config(known, rc_weight=0.0, ct_weight=0.0, cells=64, keep_cells=20))
+    assert found["mask/mask"].tolist() == (known["mask/noise"].argsort(1).argsort(1) >= 20).astype(int).tolist()
+    assert found["loss/total"] == found["loss/contrastive"] == 0
+    errors = np.square(found["pred/pixel"] - found["target/pixel"]).mean(axis=-1)
+    assert found["loss/pixel"] == pytest.approx(errors[found["mask/mask"] == 1].mean(), rel=1e-5)
+    of_its_own = np.diag(found["mid/logits"]) - np.log(np.exp(found["mid/logits"]).sum(axis=1))
+    assert found["loss/cross_entropy"] == pytest.approx(-of_its_own.mean(), rel=1e-5)
+    data = golden("cmae_amr")
+    known = {k: data[k] for k in ("config", "images", "images_target")} | {"noise": known["mask/noise"]}
+    found = cmae_amr.compute(with_config(known, unit="1 token", delta_r="3/20"))
+    assert found["sbam/num_keep_cells"].tolist() == [20] * 4  # 5/16 of 64
+    assert found["amr/num_keep_cells"].tolist() == (found["amr/mask"] == 0).sum(axis=1).tolist()
+    np.testing.assert_array_equal(found["cell_salience"], found["salience"])
+
+
+def test_the_feature_decoder_may_be_deeper_than_the_pixels():
+    method = CMAE(tiny_mae(decoder_depth=1), masking.create("random"), feature_depth=3)
+    assert len(method.feature_decoder.decoder_blocks) == 3
+    weights = [block.mlp.fc1.weight for block in (*method.model.decoder_blocks, *method.feature_decoder.decoder_blocks)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+    inputs = Inputs([varied_images(3), varied_images(3)], torch.rand(3, 64))
+    at = At(0, 0.0, 1)
+    sum(loss.sum for loss in method(inputs, method.choose(inputs, at), at).values()).backward()
+    assert all(block.mlp.fc1.weight.grad is not None for block in method.feature_decoder.decoder_blocks)
 
 
 def test_the_learning_rate_is_the_published_one():
@@ -151,7 +183,7 @@ def test_what_does_not_go_together_is_named(pictures, tmp_path, capsys):
         (["--in_chans", 1], "--in_chans 1: --method cmae changes colours, and needs 3 channels"),
         (["--decode_ratio", 0.5], "--decode_ratio 0.5: --method cmae predicts all patches"),
         (["--masking", "am"], "--masking am: needs boxes, maps, which --method cmae does not give"),
-        (["--method_args", "feature_depth=9"], "feature_depth is 9; the model's decoder has 1"),
+        (["--method_args", "feature_depth=0"], "feature_depth is 0; it must be a whole number of at least 1"),
         (["--method_args", "temperature=0"], "temperature is 0"),
     ):
         assert message in refusal(main_pretrain.main, flags(pictures, tmp_path, *GIVEN, *more), capsys)

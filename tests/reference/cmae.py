@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from functools import partial
 
@@ -45,10 +46,11 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     config = json.loads(str(golden["config"]))
     method = build(config, given)
     names = {ours(n.removeprefix("state/")): n.removeprefix("state/") for n in given if n.startswith("state/")}
-    model, images = method.model, given["images"]
-    inputs = Inputs([images, given["images_target"]], given["mask/noise"])
+    model, images = method.model, given["images"].float()
+    inputs = Inputs([images, given["images_target"].float()], given["mask/noise"])
     ratio = f"{config['cells'] - config['keep_cells']}/{config['cells']}"  # the file keeps whole cells, rounded down
-    object.__setattr__(method, "strategy", masking.create("random", mask_ratio=ratio, cell=2))
+    side = math.isqrt(config["num_tokens"] // config["cells"])
+    object.__setattr__(method, "strategy", masking.create("random", mask_ratio=ratio, cell=side))
     at = At(0, 0.0, 1)
     seen, hooks = watch(method)
     plan = method.choose(inputs, at)
@@ -59,9 +61,9 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     results |= intermediates(method, seen, plan, images)
     pixel, contrast = (losses[name].sum / losses[name].count for name in ("pixels", "contrast"))
     results |= {
-        "loss/pixel": pixel / config["rc_weight"],
+        "loss/pixel": model.forward_loss(images, results["pred/pixel"], plan.mask),  # weights may be 0
         "loss/contrastive": contrast,
-        "loss/cross_entropy": contrast / (2 * config["temperature"] * config["ct_weight"]),
+        "loss/cross_entropy": nn.functional.cross_entropy(results["mid/logits"], results["mid/label"]),
         "loss/total": pixel + contrast,
     }
     (pixel + contrast).backward()
@@ -137,7 +139,7 @@ def one_step(config: dict, method: CMAE, names: dict[str, str]) -> dict[str, tor
     settings = config["adamw"]
     optimizer = optim.pretrain_adamw(method.parameter_groups(settings["weight_decay"]), torch.device("cpu"))
     for group in optimizer.param_groups:
-        group["lr"] = settings["lr"]
+        group |= {name: settings[name] for name in ("lr", "betas", "eps")}
     optimizer.step()
     follow(method.teacher, method, config["momentum"], torch.tensor(True))
     after, teacher = {}, {}
