@@ -8,7 +8,7 @@ import timm
 import torch
 import transformers
 from faults import injected
-from helpers import golden, golden_json, log_lines, refusal, varied_images, write_pictures
+from helpers import golden, golden_json, log_lines, refusal, varied_images, with_config, write_pictures
 from reference import bootmae, bootmae_amr
 from runs import assert_same_run, content, flags
 
@@ -67,6 +67,26 @@ def test_everything_against_the_goldens(name, reference, inputs):
             tolerance = 1e-4 if "after/" in key else 1e-5
             bound = tolerance * max(np.abs(known).max(), 1e-3)
             np.testing.assert_allclose(value, known, rtol=0, atol=bound, err_msg=key)
+
+
+def test_the_reference_takes_other_settings():
+    """No weight of the features, another optimizer; ratios as fractions."""
+    data = golden("bootmae_tiny")
+    known = {
+        k: v for k, v in data.items() if not k.startswith(("target/", "pred/", "mid/", "loss/", "grad/", "after/"))
+    }
+    adamw = {"lr": 0.1, "betas": [0.9, 0.95], "eps": 1e9, "weight_decay": 0.5}  # nothing moves but by the decay
+    found = bootmae.compute(with_config(known, feature_weight=0.0, adamw=adamw))
+    assert found["loss/total"] == found["loss/pixel"] == pytest.approx(data["loss/pixel"], rel=1e-5)
+    assert found["loss/feature"] == pytest.approx(data["loss/feature"], rel=1e-5)
+    name = "blocks.0.attn.qkv.weight"
+    np.testing.assert_allclose(found[f"after/{name}"], 0.95 * data[f"state/{name}"], rtol=0, atol=1e-6)
+    data = golden("bootmae_amr")
+    known = {name: data[name] for name in ("config", "images", "noise")}
+    found = bootmae_amr.compute(with_config(known, mask_ratio="3/4", delta_r="3/20", feature_weight=0.0))
+    np.testing.assert_array_equal(found["amr/mask"], data["amr/mask"])
+    np.testing.assert_allclose(found["ratio"], data["ratio"], rtol=1e-5)
+    assert found["amr/loss/feature"] == pytest.approx(data["amr/loss/feature"], rel=1e-5)
 
 
 def test_names_and_shapes_are_the_published_ones():

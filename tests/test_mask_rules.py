@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
 import numpy as np
 import pytest
 import torch
-from helpers import golden, masked
+from helpers import golden, masked, with_config
 from reference import block, simmim_sbam
 
 import masking
@@ -31,6 +32,16 @@ def test_masks_against_the_goldens(name, reference):
         np.testing.assert_allclose(
             found[key], data[key], rtol=0 if exact else 1e-6, atol=0 if exact else 1e-6, err_msg=key
         )
+
+
+def test_the_reference_takes_fractions_and_grids_that_are_not_square():
+    data = golden("simmim_sbam")
+    settings = json.loads(str(data["config"]))["grid8"] | {"mask_ratio": "3/5", "delta_r": "3/20", "grid": [4, 16]}
+    known = {"config": np.array("{}")} | {key: data[key] for key in ("grid8/tokens", "grid8/noise")}
+    found = simmim_sbam.compute(with_config(known, grid8=settings))
+    np.testing.assert_allclose(found["grid8/amr_ratio"], data["grid8/amr_ratio"], rtol=1e-6)
+    np.testing.assert_array_equal(found["grid8/masked_cells_amr"], data["grid8/masked_cells_amr"])
+    assert found["grid8/renormalised/mask_amr"].shape == (4, 4, 16)
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

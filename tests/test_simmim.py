@@ -8,7 +8,7 @@ import timm
 import torch
 import transformers
 from faults import injected
-from helpers import golden, golden_json, log_lines, refusal, varied_images, write_pictures
+from helpers import golden, golden_json, log_lines, refusal, varied_images, with_config, write_pictures
 from reference import simmim
 from runs import assert_same_run, content, flags, pretrain, stopped
 
@@ -60,6 +60,21 @@ def test_everything_against_the_goldens():
         expected, tolerance = data[name], 1e-4 if "grad" in name else 1e-5
         bound = 0 if expected.dtype.kind in "bi" else tolerance * max(np.abs(expected).max(), 1e-3)
         np.testing.assert_allclose(value, expected, rtol=0, atol=bound, err_msg=name)
+
+
+def test_the_reference_takes_other_settings():
+    """Without stochastic depth, the patch as a pair, other dtypes of what was drawn, and no results to read."""
+    data = golden("simmim_tiny")
+    known = {k: v for k, v in data.items() if k.startswith("state/") or k in ("config", "images")}
+    known["cell_permutation"] = data["cell_permutation"].astype(np.int16)
+    found = simmim.compute(with_config(known, drop_path_rate=0.0, patch_size=[4, 4]))
+    assert found["loss"] == pytest.approx(data["loss"], rel=1e-6)
+    assert [name for name in found if name.startswith("drop_path/")] == ["drop_path/rates"]
+    known["drop_path/keep"] = np.ones(data["drop_path/keep"].shape)
+    found = simmim.compute(with_config(known, drop_path_rate=0.0))
+    assert found["drop_path/loss"] == found["loss"]
+    assert found["drop_path/rates"].tolist() == [0, 0]
+    assert simmim.removed_share(0.55, 100) == "56/100"  # of floats: 0.55 * 100 is a hair above 55
 
 
 def their_name(name: str) -> str:

@@ -33,9 +33,8 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     results["target/feature"] = plan.extra["features"]
     results["loss/weight"] = method.patch_weights(mask.mask)
     losses = method(Inputs([images]), plan, at)
-    weight = method.feature_weight(at)
     pixel, feature = (losses[name].sum / losses[name].count for name in ("pixels", "features"))
-    results |= {"loss/pixel": pixel, "loss/feature": feature / weight, "loss/total": pixel + feature}
+    results |= {"loss/pixel": pixel, "loss/feature": unweighted(method, images, plan), "loss/total": pixel + feature}
     (pixel + feature).backward()
     results |= {f"grad/{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     results |= one_step(config, method)
@@ -52,7 +51,7 @@ def build(config: dict, given: dict[str, torch.Tensor]) -> BootMAE:
     method = BootMAE(model, None, weight=config["feature_weight"], weigh_surrounded=config["weight_mask"])
     teacher = part(given, "ema/")
     found = {name: teacher[name] for name in method.teacher.state_dict() if name in teacher}
-    assert method.teacher.load_state_dict(found, strict=False).missing_keys == ["pos_embed"]
+    assert set(method.teacher.load_state_dict(found, strict=False).missing_keys) <= {"pos_embed"}
     return method.eval()
 
 
@@ -77,6 +76,15 @@ def planned(method: BootMAE, images: torch.Tensor, mask: Mask) -> Plan:
     method.model.set_masking(lambda tokens, noise=None: mask)
     object.__setattr__(method, "strategy", method.model.masking)
     return method.choose(Inputs([images]), At(0, 0.0, 1))
+
+
+def unweighted(method: BootMAE, images: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Return the features' loss without its weight, which may be 0."""
+    weight, method.weight = method.weight, 1.0
+    with torch.no_grad():
+        loss = method(Inputs([images]), plan, At(0, 1.0, 1))["features"]  # late enough for the whole weight
+    method.weight = weight
+    return loss.sum / loss.count
 
 
 def intermediates(model: BootMAEViT, images: torch.Tensor, mask: Mask) -> dict[str, torch.Tensor]:
@@ -112,7 +120,7 @@ def one_step(config: dict, method: BootMAE) -> dict[str, torch.Tensor]:
     settings, model = config["adamw"], method.model
     optimizer = optim.pretrain_adamw(method.parameter_groups(settings["weight_decay"]), torch.device("cpu"))
     for group in optimizer.param_groups:
-        group["lr"] = settings["lr"]
+        group |= {name: settings[name] for name in ("lr", "betas", "eps")}
     optimizer.step()
     follow(method.teacher, model, config["ema_decay"], torch.tensor(True))
     after = {f"after/{name}": p for name, p in model.named_parameters() if p.requires_grad}

@@ -11,6 +11,7 @@ from reference import bootmae
 
 import masking
 from methods import At, BootMAE, Inputs
+from util.ratios import exact_ratio
 
 
 def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -26,7 +27,7 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         results |= {f"{name}/{key}": value for key, value in found.items()}
     tokens = method.model.embed(images)
     salience = masking.token_salience(tokens)
-    options = {name: config[name] for name in ("mask_ratio", "delta_r", "delta")}
+    options = {name: float(exact_ratio(config[name])) for name in ("mask_ratio", "delta_r", "delta")}
     results |= {
         "tokens": tokens,
         "salience": salience,
@@ -61,6 +62,6 @@ def one_strategy(
         "pred/feature": model.predict_features(model.norm(last), last, plan.mask),
         "weight": method.patch_weights(plan.mask.mask),
         "loss/pixel": pixel,
-        "loss/feature": feature / method.feature_weight(at),
+        "loss/feature": bootmae.unweighted(method, images, plan),
         "loss/total": pixel + feature,
     } | {f"grad/{n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 
 import numpy as np
@@ -33,14 +34,10 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     results["reconstruction"] = model.unpatchify(model.forward_decoder(latent))
     loss, gradients = step(model, images, mask)
     results |= {"loss": loss} | {f"grad/{name}": gradient for name, gradient in gradients.items()}
-    rates = [block.drop_path1.drop_prob if i else 0.0 for i, block in enumerate(model.blocks)]
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]  # an identity has none
     results["drop_path/rates"] = torch.tensor(rates, dtype=torch.float64)
-    for number, block in enumerate(model.blocks):
-        for branch, name in enumerate(("drop_path1", "drop_path2")):
-            setattr(block, name, Recorded(given["drop_path/keep"][number, branch], rates[number]))
-    loss, gradients = step(model, images, mask)
-    results |= {"drop_path/loss": loss}
-    results |= {f"drop_path/grad_norm/{name}": gradient.norm() for name, gradient in gradients.items()}
+    if "drop_path/keep" in given:
+        results |= stochastic_depth(model, images, mask, given["drop_path/keep"], rates)
     return {name: value.detach().numpy() for name, value in results.items()}
 
 
@@ -61,13 +58,18 @@ def build(config: dict, given: dict[str, torch.Tensor]) -> SimMIMViT:
 
 def choose(config: dict, model: SimMIMViT, given: dict[str, torch.Tensor]) -> Mask:
     """Ask the product's strategy for the cells that come first in the recorded permutation."""
-    side = config["mask_cell"] // config["patch_size"]
-    strategy = masking.create("random", mask_ratio=config["mask_ratio"], cell=side, rounding="removed")
-    order = given["cell_permutation"]
+    side = config["mask_cell"] // model.patch_embed.patch_size[0]
+    order = given["cell_permutation"].long()
+    strategy = masking.create("random", mask_ratio=removed_share(config["mask_ratio"], order.shape[1]), cell=side)
     places = torch.arange(order.shape[1]).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places)  # the first of the permutation are removed
     noise = (order.shape[1] - 1 - rank) / order.shape[1]
     return strategy(model.embed(given["images"]), noise=noise, grid=model.patch_embed.grid_size)
+
+
+def removed_share(mask_ratio: float, num_cells: int) -> str:
+    """Return the share of the cells that the authors remove: they round the product of two floats up."""
+    return f"{math.ceil(num_cells * mask_ratio)}/{num_cells}"
 
 
 def step(model: SimMIMViT, images: torch.Tensor, mask: Mask) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -82,6 +84,18 @@ def step(model: SimMIMViT, images: torch.Tensor, mask: Mask) -> tuple[torch.Tens
     return mean, {n if n.startswith("decoder.") else f"encoder.{n}": g for n, g in gradients.items()}
 
 
+def stochastic_depth(
+    model: SimMIMViT, images: torch.Tensor, mask: Mask, keep: torch.Tensor, rates: list[float]
+) -> dict[str, torch.Tensor]:
+    """Return loss and gradients for the recorded draws `keep` (block, branch, image)."""
+    for number, block in enumerate(model.blocks):
+        for branch, name in enumerate(("drop_path1", "drop_path2")):
+            setattr(block, name, Recorded(keep[number, branch], rates[number]))
+    loss, gradients = step(model, images, mask)
+    norms = {f"drop_path/grad_norm/{name}": gradient.norm() for name, gradient in gradients.items()}
+    return {"drop_path/loss": loss} | norms
+
+
 class Recorded(nn.Module):
     """Stochastic depth whose draw is known."""
 
@@ -90,4 +104,4 @@ class Recorded(nn.Module):
         self.keep, self.rate = keep, rate
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * (self.keep / (1 - self.rate)).view(-1, 1, 1)
+        return x * (self.keep / (1 - self.rate)).to(x.dtype).view(-1, 1, 1)

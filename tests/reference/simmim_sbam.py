@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import torch
+from timm.layers import to_2tuple
 
 import masking
 from masking.cells import Cells
 from masking.salience import min_max
+from util.ratios import exact_ratio
 
 
 def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -23,7 +25,7 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def one_grid(config: dict, tokens: torch.Tensor, noise: torch.Tensor) -> dict[str, np.ndarray]:
     """Compute all keys of one grid: tokens (N, L, D), noise (N, cells)."""
-    grid, side = (config["grid"], config["grid"]), config["tokens_per_cell_side"]
+    grid, side = to_2tuple(config["grid"]), config["tokens_per_cell_side"]
     cells = Cells(*grid, side)
     shared = {"mask_ratio": config["mask_ratio"], "cell": side, "rounding": "removed"}
     options = {key: config[key] for key in ("delta_r", "delta")}
@@ -34,7 +36,8 @@ def one_grid(config: dict, tokens: torch.Tensor, noise: torch.Tensor) -> dict[st
     masks = {"fixed": fixed(tokens, noise=noise, grid=grid), "amr": adaptive(tokens, noise=noise, grid=grid)}
     removed = {name: mask.mask.sum(dim=1).numpy() // side**2 for name, mask in masks.items()}
     order = (min_max(by_cell) + config["randomness"] * noise).argsort(dim=1, stable=True)
-    ratios = masking.adaptive_mask_ratio(salience, config["mask_ratio"], **options)
+    settings = (float(exact_ratio(config[name])) for name in ("mask_ratio", "delta_r", "delta"))
+    ratios = masking.adaptive_mask_ratio(salience, *settings)
     return {
         "salience": salience.numpy(),
         "cell_salience": by_cell.numpy(),
