@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from fractions import Fraction
 
 import torch
@@ -103,13 +104,18 @@ class SBAM:
         self, tokens: torch.Tensor, noise: torch.Tensor | None = None, grid: tuple[int, int] | None = None
     ) -> Mask:
         """Mask tokens (N, L, D) by noise (N, L) in [0, 1); the tokens with the lowest scores are kept."""
+        return self._mask(tokens, noise, grid, self._kept_cells)
+
+    def _mask(
+        self, tokens: torch.Tensor, noise: torch.Tensor | None, grid: tuple[int, int] | None, kept_cells: Callable
+    ) -> Mask:
         cells = Cells.on(grid, tokens.shape[1], self.cell)
         by_token = token_salience(tokens, self.temperature, self.weight)  # (N, L)
         salience = by_token if self.cell == 1 else min_max(cells.mean(by_token))  # (N, cells)
         scores = salience + self.randomness * draw_noise(tokens, noise, cells.count)
         num_salient = (self.counted(by_token, salience) > self.delta).sum(dim=1)  # (N,)
         stats = {"salient_share": num_salient / self.counted(by_token, salience).shape[1]}
-        return cells.mask(scores, self._kept_cells(num_salient, tokens.shape[1], cells.count), stats)
+        return cells.mask(scores, kept_cells(num_salient, tokens.shape[1], cells.count), stats)
 
     def counted(self, by_token: torch.Tensor, by_cell: torch.Tensor) -> torch.Tensor:
         """Return the salience, (N, L) of tokens or (N, cells), of which the share of salient ones is taken."""
@@ -174,7 +180,8 @@ class SBAMAdaptive(SBAM):
 
     def at_ratios(self, tokens: torch.Tensor, ratios: Ratios, noise: torch.Tensor | None = None, **needed) -> Replaced:
         """Replace tokens (N, L, D) where a method draws the base ratio r of each image: Eq. 7 around it; 0 stays 0."""
-        mask, num_tokens = self(tokens, noise=noise, **needed), tokens.shape[1]
+        # Only the ranking is used: what `mask_ratio` would keep may not even be possible on this grid.
+        mask, num_tokens = self._mask(tokens, noise, needed.get("grid"), lambda *_: 1), tokens.shape[1]
         base = on_device(ratios.rows, torch.float64, tokens.device)
         share = (mask.stats["salient_share"].double() * num_tokens).round() / num_tokens  # fp32 is off by a hair
         own = (base + float(self.delta_r) * (2 * share - 1)).clamp(0, 1)

@@ -48,6 +48,12 @@ def test_everything_against_the_goldens():
             np.testing.assert_allclose(value, expected, rtol=0, atol=bound, err_msg=name)
 
 
+def test_the_reference_counts_as_the_release():
+    data = golden("amt_tiny") | {"amt/ratios": np.array([1 / 7, 2 / 7])}
+    mask = amt.compute(data)["amt/mask"]
+    assert {tuple((row == value).sum() for value in (1, -1, 0)) for row in mask} == {(28, 56, 112)}
+
+
 def test_a_head_that_attends_to_all_alike_is_no_zero_over_zero():
     flat = torch.full((1, 2, 16), 1 / 16)
     assert (attention_map(flat) == 1).all()

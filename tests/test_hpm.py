@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 
 import numpy as np
@@ -42,6 +43,16 @@ def test_everything_against_the_goldens():
         else:
             bound = tolerance * max(np.abs(known).max(), 1e-3)
             np.testing.assert_allclose(value, known, rtol=0, atol=bound, err_msg=name)
+
+
+def test_the_reference_keeps_as_many_as_the_release():
+    """It rounds the kept ones down: int(64 * 0.3)."""
+    data = golden("hpm_tiny")
+    config = json.loads(str(data["config"])) | {"mask_ratio": 0.7, "train_mask": "mask/epoch_0"}
+    given = {k: v for k, v in data.items() if k.startswith(("state/", "ema/", "images", "random/epoch_0/"))}
+    found = hpm.compute(given | {"config": np.array(json.dumps(config))})
+    assert (found["mask/epoch_0"].sum(axis=1) == 64 - 19).all()
+    assert found["raw_pix/patch_loss"].shape == (3, 64 - 19)
 
 
 def test_the_share_of_hard_patches_is_exact():

@@ -80,21 +80,17 @@ def stepping(method: IBOT, scaler: torch.amp.GradScaler | None = None) -> Gradie
     return GradientStep(method, optimizer, scaler, 3.0, method.clip_each)
 
 
+GIVEN_IN_FILE = ("config", "state/", "crops/", "masks/", "center_cls/step0_before", "center_patch/step0_before")
+GIVEN_IN_FILE += tuple(f"drop_path/{name}" for name in ("x", "uniform", "p"))
+
+
 def test_three_steps_against_the_goldens():
     """AdamW makes +-lr of a gradient of rounding size (keys' biases): weights are compared where it is larger."""
     data = golden("ibot_tiny")
-    names = (
-        "config",
-        "grad_norm_names",
-        "state/",
-        "crops/",
-        "masks/",
-        "center_cls/step0_before",
-        "center_patch/step0_b",
-    )
-    known = {k: v for k, v in data.items() if k.startswith(names)}
+    known = {k: v for k, v in data.items() if k.startswith(GIVEN_IN_FILE)}
     found = ibot.compute(known)
-    assert found.keys() == {k for k in data.keys() - known.keys() if not k.startswith("drop_path/")}
+    assert found.keys() == data.keys() - known.keys()
+    assert list(IBOT.betas) == golden_json_in(data["config"])["betas"]
     for name, value in found.items():
         expected = data[name]
         if expected.dtype.kind == "U":
@@ -111,6 +107,48 @@ def test_three_steps_against_the_goldens():
 
 def known_lr(data) -> float:
     return float(data["schedule/lr"].max())
+
+
+def test_the_reference_takes_as_many_steps_as_there_are_masks():
+    data = golden("ibot_tiny")
+    known = {k: v for k, v in data.items() if k.startswith(GIVEN_IN_FILE) and not k.startswith("masks/step2")}
+    found = ibot.compute(known)
+    assert "loss/step2/loss" not in found
+    np.testing.assert_allclose(found["loss/step1/loss"], data["loss/step1/loss"], rtol=1e-5)
+
+
+def test_the_reference_of_attmask_takes_what_is_revealed_and_no_clipping():
+    data = golden("attmask_masks")
+    given = {k: v for k, v in data.items() if not k.endswith("hint_noise")}
+    found = attmask.compute(given)
+    for key in (k for k in data if k.startswith("case") and k.endswith("/mask")):
+        np.testing.assert_array_equal(found[key], data[key], err_msg=key)
+    for limit in (0, 1e9):
+        given["config"] = np.array(json.dumps(golden_json_in(data["config"]) | {"student_clip": limit}))
+        given["cases"] = np.array("[]")
+        key = "train/attmask_hint/grad_cls_token"
+        clipped, found = found[key], attmask.compute(given)
+        assert np.linalg.norm(found[key]) >= np.linalg.norm(clipped) > 0
+
+
+def test_the_reference_of_the_masks_takes_grids_that_are_no_squares():
+    case = {"index": 0, "grid": [6, 9], "pred_ratio": 0.5, "pred_ratio_var": 0, "python_seed": 1}
+    mask = ibot_masks.compute({"cases": np.array(json.dumps([case]))})["block00/mask"]
+    assert mask.shape == (6, 9)
+    assert 0 < mask.sum() <= 27
+
+
+def test_amr_at_drawn_ratios_may_vary_more_than_around_one_ratio():
+    """With one ratio for all, 3/4 +- 0.3 is no ratio, and 1/2 +- 0.3 would keep all of four tokens."""
+    data = golden("ibot_sbam") | {"delta_r": np.array(0.3)}
+    found = ibot_sbam.compute(data)
+    ratio = np.clip(data["ratio"] + 0.3 * (2 * data["amr/share_salient"] - 1), 0, 1)
+    expected = np.floor(np.where(data["ratio"] > 0, ratio, 0) * data["tokens"].shape[1] + 1e-9)
+    np.testing.assert_array_equal(found["amr/num_masked"], expected)
+    strategy = masking.create("sbam_amr", mask_ratio=0.5, delta_r=0.3)
+    flat = torch.zeros(3, 4, 8)  # no token is salient: each ratio is 0.3 less
+    mask = masking.replace(strategy, flat, masking.Ratios((0.0, 0.1, 1.0)), torch.rand(3, 4)).mask
+    assert mask.sum(dim=1).tolist() == [0, 0, 2]
 
 
 @pytest.mark.parametrize(

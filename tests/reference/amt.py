@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -58,8 +59,11 @@ def one_strategy(
     released: bool,
 ) -> dict[str, torch.Tensor]:
     """Compute what stands below `am/` or `amt/`."""
-    masked, thrown = (round(float(ratio), 6) for ratio in given[f"{name}/ratios"])
-    strategy = masking.create(name, mask_ratio=round(masked + thrown, 6), throw_ratio=thrown, released_crop=released)
+    masked, thrown = given[f"{name}/ratios"].tolist()
+    number = model.num_patches
+    masked, removed = int(number * masked), int(number * (masked + thrown))  # as the release counts
+    ratios = {"mask_ratio": Fraction(removed, number), "throw_ratio": Fraction(removed - masked, number)}
+    strategy = masking.create(name, **ratios, released_crop=released)
     noise = -torch.expm1(-given[f"{name}/exponential"].double())
     images = given["images"]
     model.set_masking(strategy)
@@ -69,7 +73,6 @@ def one_strategy(
     hook = model.decoder_blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     pred = model.forward_decoder(latent, mask)
     hook.remove()
-    number = mask.ids_restore.shape[1]
     results = {
         # Ours is lowest first: the kept ones; the draw is highest first: the masked ones.
         "order": (number - 1 - mask.ids_restore).argsort(dim=1),

@@ -22,14 +22,8 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     for case in json.loads(str(golden["cases"])):
         name, side = f"case{case['index']:02d}", case["grid"]
         attention = torch.from_numpy(golden[f"attention/{side}x{side}"])[:, None]
-        hint = golden.get(f"{name}/hint_noise")
-        replaced = replace(
-            f"attmask_{case['mode']}",
-            case,
-            attention,
-            golden[f"{name}/uniform"],
-            None if hint is None else tensor(hint),
-        )
+        noise = hint_noise(golden, name, attention.shape[-1])
+        replaced = replace(f"attmask_{case['mode']}", case, attention, golden[f"{name}/uniform"], noise)
         results[f"{name}/mask"] = replaced.mask.numpy()
     config = json.loads(str(golden["config"]))
     if (GOLDENS / config["tiny"]).is_file():
@@ -40,6 +34,15 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def tensor(array: np.ndarray) -> torch.Tensor:
     """Return a fresh tensor of an array."""
     return torch.from_numpy(np.array(array))
+
+
+def hint_noise(golden: dict[str, np.ndarray], name: str, num_tokens: int) -> torch.Tensor | None:
+    """Return noise (N, L) that is lowest where the file reveals tokens; None where it reveals none."""
+    noise, revealed = golden.get(f"{name}/hint_noise"), golden.get(f"{name}/revealed")
+    if noise is None and revealed is not None:
+        noise = np.ones((len(revealed), num_tokens), dtype=np.float32)
+        np.put_along_axis(noise, revealed, 0.0, axis=1)
+    return None if noise is None else tensor(noise)
 
 
 def replace(name: str, case: dict, attention: torch.Tensor, uniform: np.ndarray, noise: torch.Tensor | None):
@@ -74,16 +77,10 @@ def one_step(golden: dict, config: dict, settings: dict, given: dict, name: str)
     method, inputs = ibot.build(settings, given), ibot.inputs_of(given)
     images = torch.cat(inputs.views[:2])
     case = config | dict(zip(("ratio", "second_ratio"), golden[f"train/{name}/ratios"].tolist(), strict=True))
-    noise = golden.get(f"train/{name}/hint_noise")
-    revealed = golden.get(f"train/{name}/revealed")
-    if noise is None and revealed is not None:  # any noise that is lowest where the file reveals
-        noise = np.ones((len(images), method.model.num_patches), dtype=np.float32)
-        np.put_along_axis(noise, revealed, 0.0, axis=1)
+    noise = hint_noise(golden, f"train/{name}", method.model.num_patches)
     with torch.no_grad():
         latent, attention = method.teacher_latent(images, attends=True)
-        replaced = replace(
-            name, case, attention, golden[f"train/{name}/uniform"], None if noise is None else tensor(noise)
-        )
+        replaced = replace(name, case, attention, golden[f"train/{name}/uniform"], noise)
         plan = method.plan(latent, replaced)
     step = settings["first_iteration"]
     losses = method(inputs, plan, At(step, step / settings["niter"], settings["epochs"]))
@@ -94,8 +91,8 @@ def one_step(golden: dict, config: dict, settings: dict, given: dict, name: str)
     found = {"cls_attention": attention.mean(dim=1), "masks": replaced.mask.view(grid), "loss/loss": total}
     found |= {f"loss/{key}": value for key, value in terms.items()}
     for key, parameter in (("masked_embed", method.masked_embed), ("cls_token", method.student.cls_token)):
-        grad = parameter.grad
-        found[f"grad_{key}"] = grad * (config["student_clip"] / (grad.norm() + 1e-6)).clamp(max=1)
+        limit = config["student_clip"] or torch.inf
+        found[f"grad_{key}"] = parameter.grad * (limit / (parameter.grad.norm() + 1e-6)).clamp(max=1)
     return {key: value.detach().numpy() for key, value in found.items()}
 
 

@@ -58,7 +58,7 @@ def one_setting(setting: dict) -> dict[str, np.ndarray]:
     drawn = np.stack([draw_blocks(grid, target, many, **options) for _ in range(setting["statistics_masks"])])
     return {
         "masks": np.stack(masks),
-        "proposals": np.array(proposals, dtype=np.float64),
+        "proposals": np.array(proposals, dtype=np.float64).reshape(-1, 5),
         "stream": np.stack([draw_blocks(grid, target, stream, **options) for _ in range(4)]),
     } | {f"stat/{key}": np.asarray(value) for key, value in statistics(drawn, target).items()}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -51,7 +52,8 @@ def build(config: dict, given: dict[str, torch.Tensor]) -> HPM:
     norm_layer = partial(nn.LayerNorm, eps=config["layer_norm_eps"])
     options = {name: value for name, value in config.items() if name in names}
     model = models_mae.MaskedAutoencoderViT(**options, norm_layer=norm_layer)
-    method = HPM(model, masking.create("hpm", mask_ratio=config["mask_ratio"]))
+    kept = int(model.num_patches * (1 - config["mask_ratio"]))  # the release rounds down
+    method = HPM(model, masking.create("hpm", mask_ratio=1 - Fraction(kept, model.num_patches)))
     state = renamed(given, "state/") | {f"teacher.{n}": value for n, value in renamed(given, "ema/").items()}
     unused = method.load_state_dict(state, strict=False)
     assert not unused.missing_keys

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from unittest import mock
 
 import numpy as np
 import torch
+from timm.layers import DropPath
 
 from masking import Replaced
 from methods import IBOT, At, Inputs, Plan
@@ -30,14 +32,14 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     config = json.loads(str(golden["config"]))
     method = build(config, given)
     names = {ours(name): name for name in _names(given, "student")}
-    config["order"] = (
-        json.loads(str(golden["grad_norm_names"])) if "grad_norm_names" in golden else list(names.values())
-    )
-    results = schedules(config, method) | outputs(method, given, config)
-    optimizer = optim.pretrain_adamw(method.parameter_groups(config["wd"]), torch.device("cpu"), method.betas)
+    results = schedules(config, method) | outputs(method, given, config) | dropped(given)
+    betas = tuple(config["betas"])
+    optimizer = optim.pretrain_adamw(method.parameter_groups(config["wd"]), torch.device("cpu"), betas)
+    for group in optimizer.param_groups:
+        group["eps"] = config["eps"]
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     update = GradientStep(method, optimizer, scaler, config["clip"] or None, method.clip_each)
-    for step in range(config["niter"]):
+    for step in range(sum(name.startswith("masks/step") for name in given)):
         found = one_step(method, update, config, given, step, names)
         results |= found if step == 0 else {k: v for k, v in found.items() if f"step{step}" in k}
     return {
@@ -67,7 +69,7 @@ def build(config: dict, given: dict[str, torch.Tensor]) -> IBOT:
         student_temp=config["student_temp"],
         center_momentum=config["center_momentum"],
         weight_decay_end=config["wd_end"],
-        local_size=config["local"],
+        local_size=config["patch"],  # any that fits: the views are given
         local_crops_number=config["nlocal"],
         pred_start_epoch=config.get("pred_start_epoch", 0),
         **{name: config[name] for name in taken},
@@ -130,6 +132,18 @@ def _first_inputs(model: IBOTViT) -> tuple[list, object]:
     return seen, model.blocks[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
 
 
+def dropped(given: dict) -> dict[str, torch.Tensor]:
+    """Drop branches with the recorded numbers, as the student's blocks do."""
+    if "drop_path/uniform" not in given:
+        return {}
+
+    def recorded(self: torch.Tensor, keep: float) -> torch.Tensor:
+        return self.copy_((given["drop_path/uniform"] + keep).floor())
+
+    with mock.patch.object(torch.Tensor, "bernoulli_", recorded):
+        return {"drop_path/out": DropPath(float(given["drop_path/p"])).train()(given["drop_path/x"])}
+
+
 def one_step(
     method: IBOT, update: GradientStep, config: dict, given: dict, step: int, names: dict[str, str]
 ) -> dict[str, torch.Tensor]:
@@ -146,11 +160,12 @@ def one_step(
     total = terms["cls"] + terms["patch"]
     update.backward(total)
     found = {f"loss/step{step}/{name}": value.detach() for name, value in (terms | {"loss": total}).items()}
-    raw = {names[n]: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
-    found[f"grad_norms/step{step}"] = torch.stack([raw[n].double().norm() for n in config["order"] if n in raw])
+    raw = _gradients(method, names)
+    found[f"grad_norms/step{step}"] = torch.stack([grad.double().norm() for grad in raw.values()])
     method.on_gradients(at)
-    reaches = [names[n] for n, p in method.named_parameters() if p.grad is not None]
-    found[f"has_grad/step{step}"] = np.array(json.dumps([name for name in config["order"] if name in reaches]))
+    found[f"has_grad/step{step}"] = np.array(json.dumps(list(_gradients(method, names))))
+    if step == 0:
+        found["grad_norm_names"] = np.array(json.dumps(list(raw)))
     for name, grad in raw.items() if step == 0 else ():
         found[f"grad/{name}"] = grad
         factor = (config["clip"] / (grad.norm() + 1e-6)).clamp(max=1) if config["clip"] else torch.ones(())
@@ -166,6 +181,12 @@ def one_step(
     if step == 0:
         found |= {f"{net}_after_step0/{name}": v.clone() for net in _FILES for name, v in state[net].items()}
     return found
+
+
+def _gradients(method: IBOT, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """Return the gradients that there are, under the file's names and in its order."""
+    whole = dict(method.named_parameters())
+    return {name: whole[own].grad.clone() for own, name in names.items() if whole[own].grad is not None}
 
 
 def _state(method: IBOT, network: str, given: dict) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ import json
 import random
 
 import numpy as np
+from timm.layers import to_2tuple
 
 from masking import check_ratios, draw_ratio
 from masking.block import blocks_at_ratio
@@ -31,7 +32,7 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Draw the mask of every case, and the statistics that `golden["statistics"]` names."""
     results = {}
     for case in json.loads(str(golden["cases"])):
-        name, grid = f"block{case['index']:02d}", (case["grid"],) * 2
+        name, grid = f"block{case['index']:02d}", to_2tuple(case["grid"])
         ratios = check_ratios(case["pred_ratio"], case["pred_ratio_var"], "view")
         recorded = golden.get(f"{name}/draws")
         generator = random.Random(case["python_seed"]) if recorded is None else Replay(recorded)

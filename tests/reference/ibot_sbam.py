@@ -13,7 +13,8 @@ def compute(golden: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     tokens, noise = (torch.from_numpy(np.array(golden[name])) for name in ("tokens", "noise"))
     randomness, delta, delta_r = (float(golden[name]) for name in ("randomness", "delta", "delta_r"))
     fixed = masking.create("sbam", randomness=randomness, delta=delta)
-    adaptive = masking.create("sbam_amr", randomness=randomness, delta=delta, delta_r=delta_r)
+    # Each view has its own ratio; around 1/2 `delta_r` has most room.
+    adaptive = masking.create("sbam_amr", mask_ratio=0.5, randomness=randomness, delta=delta, delta_r=delta_r)
     salience, ratio = masking.token_salience(tokens), golden["ratio"]
     share = (salience > delta).double().mean(dim=1).numpy()
     own = np.clip(ratio + delta_r * (2 * share - 1), 0, 1)
