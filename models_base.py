@@ -11,7 +11,7 @@ from torch import nn
 
 import masking
 from masking import Mask
-from util.precision import full_fp32
+from util.precision import full_fp32, no_autocast
 
 
 class MaskedModel(nn.Module):
@@ -73,12 +73,13 @@ class MaskedModel(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], self.in_chans, rows * height, columns * width)
 
     def embed_patches(self, images: torch.Tensor) -> torch.Tensor:
-        """Embed images (N, C, H, W) -> (N, L, D), in fp32 because masks are made of them; without positions."""
+        """Embed images (N, C, H, W) -> (N, L, D), in the weights' fp32 because masks are made of them; no positions."""
+        images = images.to(self.patch_embed.proj.weight.dtype)
         with full_fp32(images.device.type):
             if images.device.type == "cpu":
-                return self.patch_embed(images.float())
+                return self.patch_embed(images)
             # cuDNN's convolution in true fp32 took 8% of a training step: the same sums as a matrix product.
-            return F.linear(self.patchify(images.float()), self._patch_weight(), self.patch_embed.proj.bias)
+            return F.linear(self.patchify(images), self._patch_weight(), self.patch_embed.proj.bias)
 
     def _patch_weight(self) -> torch.Tensor:
         """Return the patch embedding's weight (D, p_h * p_w * C), ordered as by `patchify`."""
@@ -119,6 +120,15 @@ class MaskedModel(nn.Module):
         x = x.index_copy_(0, places.rows, kept).index_copy_(0, places.class_rows, first)
         return x if places.layout is not None else x.view(num_images, -1, x.shape[-1])
 
+    def check_images(self, images: torch.Tensor) -> None:
+        """Raise ValueError unless `images` are normalised (N, C, H, W) of this model's sizes."""
+        wanted = (self.in_chans, *self.patch_embed.img_size)  # other sizes may give as many patches by chance
+        if tuple(images.shape[1:]) != wanted or not images.is_floating_point():
+            taken = ", ".join(["N", *map(str, wanted)])
+            raise ValueError(
+                f"images are {tuple(images.shape)} of {images.dtype}; the model takes ({taken}) in floats, normalised"
+            )
+
     def _blank_tokens(self, number: int) -> torch.Tensor:
         """Return tokens (number, L, D) for a strategy that reads only their shape."""
         return self.cls_token.expand(number, self.num_patches, -1)
@@ -139,7 +149,8 @@ class MaskedModel(nn.Module):
             strategy: asked in place of the model's own.
             offered: what a strategy may need besides grid and patch size, see `masking.NEEDS`.
         """
-        with torch.autocast(images.device.type, enabled=False):
+        self.check_images(images)
+        with no_autocast(images.device.type):
             strategy = strategy or self.masking
             reads = masking.reads_tokens(strategy)
             tokens = self.embed(images) if reads else self._blank_tokens(len(images))

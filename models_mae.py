@@ -156,8 +156,9 @@ class MaskedAutoencoderViT(MaskedModel):
     def _embed_kept(self, images: torch.Tensor, mask: Mask) -> torch.Tensor:
         """Embed the kept patches -> tokens (T, D), as `embed` has them up to rounding."""
         place = mask.kept.patches
-        pixels = self.patchify(images).flatten(0, 1)[place]  # (T, p_h * p_w * C)
-        tokens = F.linear(pixels, self._patch_weight(), self.patch_embed.proj.bias)
+        weight, bias = self._patch_weight(), self.patch_embed.proj.bias
+        pixels = self.patchify(images).flatten(0, 1)[place].to(weight.dtype)  # (T, p_h * p_w * C)
+        tokens = F.linear(pixels, weight, bias)
         return tokens + self.pos_embed[0, 1:][place % self.num_patches]
 
     def forward_decoder(self, latent: torch.Tensor, mask: Mask) -> torch.Tensor:

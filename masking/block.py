@@ -175,7 +175,7 @@ def blocks_at_ratio(grid: tuple[int, int], ratio: float, generator: random.Rando
 
 def _seeds(noise: torch.Tensor) -> list[int]:
     """Return a seed of 48 bits for each image, out of its noise (N, L): the one host transfer of a batch."""
-    high, low = (noise[:, :2].double() * 2**24).long().T.tolist()
+    high, low = (noise[:, [0, 1 % noise.shape[1]]].double() * 2**24).long().T.tolist()
     return [first << 24 | second for first, second in zip(high, low, strict=True)]
 
 
@@ -205,7 +205,9 @@ class InverseBlockMasking:
         """Mask tokens (N, L, D) on a grid of (rows, columns); noise (N, L) in [0, 1) gives shape and place."""
         (rows, columns), num_tokens = grid, tokens.shape[1]
         num_keep = keep_count(num_tokens, self.mask_ratio, self.rounding)
-        shape, top, left = draw_noise(tokens, noise)[:, :3, None].unbind(1)  # (N, 1) each
+        noise = draw_noise(tokens, noise)
+        # (N, 1) each; of two patches there are but two numbers.
+        shape, top, left = (noise[:, place % num_tokens, None] for place in range(3))
         ratio = torch.exp((2 * shape - 1) * -math.log(self.aspect))  # height over width
         width = (num_keep / ratio).sqrt().round().clamp(-(-num_keep // rows), columns)
         row, column = _places(grid, tokens.device)

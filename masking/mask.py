@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -99,7 +100,7 @@ def _inverse(order: torch.Tensor) -> torch.Tensor:
 
 def mask_from_scores(
     scores: torch.Tensor,
-    num_keep: int | torch.Tensor,
+    num_keep: int | Sequence[int] | torch.Tensor,
     stats: dict | None = None,
     num_thrown: int | torch.Tensor = 0,
 ) -> Mask:
@@ -107,7 +108,7 @@ def mask_from_scores(
 
     Args:
         scores: (N, L), ascending: the first are kept.
-        num_keep: one int for all images, or (N,) integers. Between 1 and L - 1.
+        num_keep: one int for all images, or (N,) integers, a tensor or any sequence. Between 1 and L - 1.
         stats: diagnostics handed through to `Mask.stats`.
         num_thrown: how many of the next-lowest are thrown: removed, and not predicted. One int, or (N,) integers.
 
@@ -182,10 +183,11 @@ def remove_highest(scores: torch.Tensor, num_removed: int | torch.Tensor) -> tor
 
 
 def _counts(
-    name: str, number: int | torch.Tensor, num_images: int, device: torch.device
+    name: str, number: int | Sequence[int] | torch.Tensor, num_images: int, device: torch.device
 ) -> tuple[tuple[int, ...], torch.Tensor]:
     """Return a count for each image, on the host and as (N,) int64 on the device."""
-    if not isinstance(number, torch.Tensor):
+    number = number if isinstance(number, int) else torch.as_tensor(number)
+    if isinstance(number, int) or number.ndim == 0:
         return (int(number),) * num_images, torch.full((num_images,), int(number), dtype=torch.int64, device=device)
     if number.shape != (num_images,):
         raise ValueError(f"{name} has shape {tuple(number.shape)}; one count for each of {num_images} images")

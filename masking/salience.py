@@ -49,19 +49,22 @@ def min_max(values: torch.Tensor) -> torch.Tensor:
     return torch.where(spread > _FLAT, (values - low) / spread.clamp_min(_FLAT), torch.zeros_like(values))
 
 
-def adaptive_mask_ratio(salience: torch.Tensor, mask_ratio: float, delta_r: float, delta: float) -> torch.Tensor:
+def adaptive_mask_ratio(
+    salience: torch.Tensor, mask_ratio: float | str | Fraction, delta_r: float | str | Fraction, delta: float
+) -> torch.Tensor:
     """Mask ratio of each image, Eq. 7: r - delta_r + 2 delta_r mean(S > delta), never averaged over the batch.
 
     Args:
         salience: (N, L) in [0, 1].
-        mask_ratio: base ratio r.
-        delta_r: half the width of the range of ratios.
+        mask_ratio: base ratio r; a number, or an exact fraction such as "32/49".
+        delta_r: half the width of the range of ratios; likewise.
         delta: salience above which a token counts as salient.
 
     Returns:
         (N,) ratios in [r - delta_r, r + delta_r].
     """
-    return mask_ratio - delta_r + 2 * delta_r * (salience > delta).float().mean(dim=1)
+    ratio, half_width = float(exact_ratio(mask_ratio, "mask_ratio")), float(exact_ratio(delta_r, "delta_r"))
+    return ratio - half_width + 2 * half_width * (salience > delta).float().mean(dim=1)
 
 
 @register("sbam")

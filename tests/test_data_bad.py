@@ -408,3 +408,19 @@ def test_damaged_files_never_crash_and_both_decoders_agree():
         if found[0] is not None:
             np.testing.assert_array_equal(*found)
     assert outcomes == {True, False}
+
+
+def test_pixels_are_had_by_the_names_of_the_arguments():
+    pixels = decode.to_pixels(content=GOOD[next(iter(GOOD))], in_chans=3)
+    assert pixels.dtype == torch.uint8
+    assert pixels.ndim == 3
+    assert pixels.shape[2] == 3
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_arrays_that_must_not_be_written_are_copied(dtype):
+    array = np.ones((4, 5, 2), dtype=dtype)
+    array.flags.writeable = False
+    decode.to_pixels(array, 2).zero_()
+    assert array.all()

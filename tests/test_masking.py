@@ -296,3 +296,43 @@ def test_a_users_strategy_that_fails_is_one_sentence(tmp_path, monkeypatch, body
 def test_check_refuses_what_is_not_a_mask():
     with pytest.raises(ValueError, match=r"must return masking\.Mask"):
         masking.check(lambda tokens, noise=None: tokens, 16)
+
+
+@pytest.mark.parametrize("counts", [[1, 3, 2], (1, 3, 2), np.array([1, 3, 2]), torch.tensor([1, 3, 2])])
+def test_counts_of_each_image_may_be_any_sequence(counts):
+    mask = masking.mask_from_scores(torch.rand(3, 5), counts)
+    assert mask.num_keep.tolist() == [1, 3, 2]
+    assert (~mask.mask).sum(dim=1).tolist() == [1, 3, 2]
+
+
+@pytest.mark.parametrize("count", [2, np.int64(2), torch.tensor(2)])
+def test_one_count_for_all_images_may_be_of_any_integer_type(count):
+    assert masking.mask_from_scores(torch.rand(3, 5), count).ids_keep.shape == (3, 2)
+
+
+def test_the_ratio_of_each_image_follows_from_exact_fractions():
+    salience = torch.tensor([[0.0, 1.0, 0.5, 0.05]])
+    ratio = masking.adaptive_mask_ratio(salience, "32/49", Fraction(1, 10), 0.1)
+    assert ratio.item() == pytest.approx(32 / 49)
+    torch.testing.assert_close(masking.adaptive_mask_ratio(salience, "3/4", "3/20", 0.7), torch.tensor([0.675]))
+
+
+@pytest.mark.parametrize("grid", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("name", ["random", "sbam", "block", "inverse_block", "color"])
+def test_two_patches_are_enough(name, grid):
+    strategy = masking.create(name, mask_ratio=0.5)
+    noise = torch.tensor([[0.1, 0.2], [0.6, 0.2], [0.9, 0.99]])
+    mask = masking.call(strategy, torch.randn(3, 2, 4), noise, grid=grid)
+    assert mask.num_keep.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["random", "block", "inverse_block", "color"])
+def test_a_single_patch_is_refused_in_one_sentence(name):
+    with pytest.raises(ValueError, match="at least one must be kept and one removed"):
+        masking.call(masking.create(name), torch.randn(2, 1, 4), torch.rand(2, 1), grid=(1, 1))
+
+
+def test_tokens_without_values_have_a_mask_too():
+    tokens = torch.empty(2, 8, 4, device="meta")
+    assert masking.token_salience(tokens).shape == (2, 8)
+    assert masking.create("sbam")(tokens).ids_keep.shape == (2, 2)

@@ -367,3 +367,34 @@ def test_the_patch_embedding_as_a_matrix_product():
     images = torch.randn(3, 3, 32, 16)
     product = torch.nn.functional.linear(model.patchify(images), model._patch_weight(), model.patch_embed.proj.bias)
     torch.testing.assert_close(product, model.patch_embed(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["random", "sbam"])
+def test_images_of_other_sizes_are_refused(strategy):
+    model = tiny_mae(masking=masking.create(strategy))
+    height, width = model.patch_embed.img_size
+    same_number_of_patches = torch.zeros(2, 3, height // 2, width * 2)
+    for images in (same_number_of_patches, torch.zeros(2, 1, height, width), torch.zeros(2, 3, height, width).byte()):
+        with pytest.raises(ValueError, match=rf"the model takes \(N, 3, {height}, {width}\)"):
+            model(images)
+
+
+@pytest.mark.parametrize("strategy", ["random", "sbam"])
+def test_weights_in_double_precision_and_images_of_any_float_type(strategy):
+    model = tiny_mae(masking=masking.create(strategy))
+    images = torch.randn(2, 3, *model.patch_embed.img_size)
+    noise = torch.rand(2, model.num_patches)
+    loss, pred, mask = model(images, noise)
+    for other in (model(images.double(), noise), model.double()(images, noise)):
+        assert torch.equal(other[2], mask)
+        torch.testing.assert_close(other[1].float(), pred, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other[0], loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("strategy", ["random", "sbam"])
+def test_a_model_without_values_computes_shapes(strategy):
+    with torch.device("meta"):
+        model = tiny_mae(masking=masking.create(strategy))
+        loss, pred, mask = model(torch.empty(2, 3, *model.patch_embed.img_size))
+    assert pred.shape[:2] == mask.shape == (2, model.num_patches)
+    assert loss.device.type == "meta"

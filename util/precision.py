@@ -18,6 +18,12 @@ _FP32_BACKENDS = (
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}
 
 
+def no_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Return a context without autocast; the meta device, where shapes and costs are counted, has none."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def full_fp32(device_type: str) -> Iterator[None]:
     """Run fp32 products as real fp32: autocast off, TF32 and bf16 substitutes off; settings are restored.
@@ -28,7 +34,7 @@ def full_fp32(device_type: str) -> Iterator[None]:
     try:
         for backend in _FP32_BACKENDS:
             backend.fp32_precision = "ieee"
-        with torch.autocast(device_type, enabled=False):
+        with no_autocast(device_type):
             yield
     finally:
         for backend, setting in zip(_FP32_BACKENDS, before, strict=True):

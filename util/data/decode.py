@@ -47,21 +47,21 @@ def with_pillow(content: Content, mode: str) -> Image.Image:
         return _converted(image, mode)
 
 
-def to_pixels(content: Content, channels: int) -> torch.Tensor:
+def to_pixels(content: Content, in_chans: int) -> torch.Tensor:
     """Return the same pixels as a tensor (H, W, C), `uint8`; fp32 for arrays of other types.
 
-    Arrays keep their channels, which must be as many as `channels`. `uint16` becomes 0..1, floats stay what they are.
+    Arrays keep their channels, which must be as many as `in_chans`. `uint16` becomes 0..1, floats stay what they are.
     """
     if isinstance(content, np.ndarray) and (
-        channels not in MODES or content.dtype != np.uint8 or _grey_as_2d(content).ndim != 2
+        in_chans not in MODES or content.dtype != np.uint8 or _grey_as_2d(content).ndim != 2
     ):
-        return _from_array(content, channels)
-    if channels not in MODES:
-        raise ValueError(f"a picture file, which cannot have {channels} channels; see --in_chans")
+        return _from_array(content, in_chans)
+    if in_chans not in MODES:
+        raise ValueError(f"a picture file, which cannot have {in_chans} channels; see --in_chans")
     with _opened(content) as image:
-        pixels = _fast_jpeg_pixels(image, content) if channels == 3 else None
+        pixels = _fast_jpeg_pixels(image, content) if in_chans == 3 else None
         if pixels is None:
-            pixels = torch.from_numpy(np.array(_converted(image, MODES[channels])))
+            pixels = torch.from_numpy(np.array(_converted(image, MODES[in_chans])))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
@@ -135,9 +135,9 @@ def _from_array(array: np.ndarray, channels: int) -> torch.Tensor:
     if array.ndim != 3 or array.shape[2] != channels:
         raise ValueError(f"its shape is {array.shape}, not (height, width, {channels}); see --in_chans")
     if array.dtype == np.uint8:
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.require(array, requirements="CW"))
     scale = 65535 if dtype_of(array) == np.uint16 else 1
-    pixels = torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    pixels = torch.from_numpy(np.require(array, np.float32, "CW"))
     if not pixels.isfinite().all():
         raise ValueError("some of its values are not finite")
     return pixels / scale
