@@ -393,8 +393,7 @@ def test_weights_in_double_precision_and_images_of_any_float_type(strategy):
 
 @pytest.mark.parametrize("strategy", ["random", "sbam"])
 def test_a_model_without_values_computes_shapes(strategy):
-    with torch.device("meta"):
-        model = tiny_mae(masking=masking.create(strategy))
-        loss, pred, mask = model(torch.empty(2, 3, *model.patch_embed.img_size))
+    model = tiny_mae(masking=masking.create(strategy)).to("meta")
+    loss, pred, mask = model(torch.empty(2, 3, *model.patch_embed.img_size, device="meta"))
     assert pred.shape[:2] == mask.shape == (2, model.num_patches)
     assert loss.device.type == "meta"
