@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from timm.models import beit
 
+from util.precision import no_autocast
+
 
 def weights_of_first(
     query: torch.Tensor, key: torch.Tensor, scale: float, bias: torch.Tensor | None = None
@@ -17,7 +19,7 @@ def weights_of_first(
         scale: of the queries.
         bias: (H, K, K) or (1, H, K, K), added before the softmax.
     """
-    with torch.autocast(query.device.type, enabled=False):  # it would round the scores to half precision
+    with no_autocast(query.device.type):  # it would round the scores to half precision
         scores = (query[:, :, :1].float() * scale) @ key.float().transpose(-2, -1)  # (N, H, 1, K)
         scores = scores if bias is None else scores + bias[..., :1, :]
         return scores.softmax(dim=-1)[:, :, 0]
