@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=cli.path_text, help="CSV: results.csv of scripts/sweep.py")
+    parser.add_argument("table", type=cli.path_text, help="CSV: results.csv or epochs.csv of scripts/sweep.py")
     parser.add_argument("--to", required=True, metavar="NAME=VALUE", help="what the others are compared with")
     parser.add_argument("--metric", nargs="+", default=["knn"], help="columns of numbers")
     parser.add_argument(

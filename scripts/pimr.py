@@ -22,17 +22,21 @@ def main(argv: list[str] | None = None) -> None:
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
         table = tables.where(tables.read_csv(given.table), given.where)
-        accuracies, left_out = plots.accuracies(plots.curves(table, given.ratio, given.metric, given.method))
+        table, method = tables.joined(table, given.method)
+        accuracies, left_out = plots.accuracies(plots.curves(table, given.ratio, given.metric, method))
         if left_out:
             print(left_out)
         own, together = pimr.pimr(accuracies), pimr.global_pimr(accuracies)
-        print(f"{given.method:16}{given.ratio:>12}{given.metric:>16}{'PIMR':>8}{'Global PIMR':>13}")
+        wide = max(map(len, (method, *accuracies))) + 2
+        print(f"{method:{wide}}{given.ratio:>12}{given.metric:>16}{'PIMR':>8}{'Global PIMR':>13}")
         for name in accuracies:
             for ratio, accuracy in accuracies[name].items():
-                print(f"{name:16}{ratio:>12}{accuracy:>16.2f}{own[name][ratio]:>8.3f}{together[name][ratio]:>13.3f}")
-            print(f"{name:16}{'mean':>12}{'':>16}{own[name].mean():>8.3f}{together[name].mean():>13.3f}")
+                print(
+                    f"{name:{wide}}{ratio:>12}{accuracy:>16.2f}{own[name][ratio]:>8.3f}{together[name][ratio]:>13.3f}"
+                )
+            print(f"{name:{wide}}{'mean':>12}{'':>16}{own[name].mean():>8.3f}{together[name].mean():>13.3f}")
         if given.plot:
-            figure = plots.draw(table, given.ratio, [given.metric], given.method, with_pimr=True)
+            figure = plots.draw(table, given.ratio, [given.metric], method, with_pimr=True)
             plots.save(figure, "--plot", given.plot)
 
 
@@ -43,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         "table", type=cli.path_text, help="CSV: results.csv of scripts/sweep.py, or any with the three columns below"
     )
     parser.add_argument("--metric", default="knn", help="column of accuracies, in percent")
-    parser.add_argument("--method", default="masking", help="column that names the method")
+    parser.add_argument("--method", nargs="+", default=["masking"], help="columns that name the method")
     parser.add_argument("--ratio", default="mask_ratio", help="column of mask ratios")
     parser.add_argument(
         "--where", nargs="+", default=[], metavar="NAME=VALUE", help="only these rows, such as checkpoint=last"

@@ -5,6 +5,7 @@ Only seeds are averaged over: what else differs is on an axis, is `--lines`, or 
 
 scripts/plot.py output/fig3/results.csv --x mask_ratio --y finetune_acc1 linprobe_acc1 --lines masking --pimr
 scripts/plot.py output/fig4/results.csv --x checkpoint --y finetune_acc1 linprobe_acc1 --lines masking
+scripts/plot.py output/digits_ratios/epochs.csv --x epoch --y train_loss --lines masking mask_ratio
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ def main(argv: list[str] | None = None) -> None:
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
         table = tables.where(tables.read_csv(given.table), given.where)
+        table, lines = tables.joined(table, given.lines) if given.lines else (table, None)
         output = given.output or Path(given.table).with_suffix(".png")
-        plots.save(plots.draw(table, given.x, given.y, given.lines, given.pimr), "--output", output)
+        plots.save(plots.draw(table, given.x, given.y, lines, given.pimr), "--output", output)
     for metric in given.y if given.pimr else ():
-        left_out = plots.accuracies(plots.curves(table, given.x, metric, given.lines))[1]
+        left_out = plots.accuracies(plots.curves(table, given.x, metric, lines))[1]
         if left_out:
             print(f"{metric}: {left_out}")
     print(f"picture: {output}")
@@ -36,10 +38,10 @@ def main(argv: list[str] | None = None) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=cli.path_text, help="results.csv of scripts/sweep.py")
+    parser.add_argument("table", type=cli.path_text, help="results.csv or epochs.csv of scripts/sweep.py")
     parser.add_argument("--x", default="mask_ratio", help="column of the horizontal axis")
     parser.add_argument("--y", nargs="+", default=["knn"], help="columns to draw, a panel each")
-    parser.add_argument("--lines", help="column whose values are lines, such as masking")
+    parser.add_argument("--lines", nargs="+", help="columns whose values are lines, such as masking")
     parser.add_argument(
         "--where", nargs="+", default=[], metavar="NAME=VALUE", help="only these rows, such as checkpoint=last"
     )

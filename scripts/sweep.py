@@ -259,7 +259,7 @@ def submit(runs: list[trial.SweepRun], given: argparse.Namespace, folder: Path) 
 
 
 def gather(runs: list[trial.SweepRun], output: Path) -> None:
-    """Write results.csv and results.md, and print the latter. ValueError: they cannot be written."""
+    """Write results.csv, results.md, epochs.csv, and print the second. ValueError: they cannot be written."""
     rows = [row for run in runs for row in run.rows()]
     if not rows:
         print("no result yet")
@@ -270,6 +270,8 @@ def gather(runs: list[trial.SweepRun], output: Path) -> None:
     try:
         write_whole(output / "results.csv", table.to_csv(index=False))
         write_whole(output / "results.md", means)
+        if epochs := [row for run in runs for row in run.epochs()]:
+            write_whole(output / "epochs.csv", pd.DataFrame(epochs).to_csv(index=False))
     except OSError as error:
         raise ValueError(f"{output}: the tables cannot be written ({error.strerror})") from error
     print(means)

@@ -17,12 +17,15 @@ _WIDTH, _HEIGHT, _CHARACTER = 4.6, 3.1, 0.085  # of a panel and of a letter, in 
 _ENOUGH = 3  # values for an interval: of two it is so wide (12.7 standard errors) that nothing else could be seen
 METRIC_NAMES = {
     "knn": "k-NN accuracy (%)",
+    "monitor_knn": "k-NN accuracy (%)",
     "linear": "quick linear accuracy (%)",
     "attentive": "attentive accuracy (%)",
     "linprobe_acc1": "linear accuracy (%)",
     "finetune_acc1": "fine-tuned accuracy (%)",
     "rank_me": "effective rank (RankMe)",
     "mask_ratio": "mask ratio",
+    "train_mask_ratio": "mean mask ratio",
+    "train_salient_share": "share of salient tokens",
     "checkpoint": "epochs",
 }
 

@@ -40,6 +40,24 @@ def where(table: pd.DataFrame, conditions: list[str]) -> pd.DataFrame:
     return table
 
 
+def joined(table: pd.DataFrame, columns: list[str]) -> tuple[pd.DataFrame, str]:
+    """Return the table with one column in place of several, whose cells are theirs after one another; and its name.
+
+    `random` and `cell=2` become `random cell=2`, an empty cell adds nothing. One column stays as it is.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    for name in columns:
+        _check_column(table, name)
+    if len(columns) == 1:
+        return table, columns[0]
+    cells = table[columns].astype("object").where(table[columns].notna(), "").astype(str)
+    table = table.drop(columns=columns)
+    table.insert(0, ", ".join(columns), cells.agg(" ".join, axis=1).str.split().str.join(" "))
+    return table, ", ".join(columns)
+
+
 def summarize(table: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame:
     """Average `metric` over the seeds of all rows that agree in `keys`.
 
@@ -71,7 +89,7 @@ def differences(table: pd.DataFrame, name: str, value: str, metrics: list[str]) 
     results do.
 
     Args:
-        table: results; the settings are the columns up to `checkpoint`, or without it all but the metrics.
+        table: results; the settings are the columns up to `checkpoint` or `epoch`, or without it all but the metrics.
         name: the column that is compared.
         value: its value, as text, in the rows that the others are compared with.
         metrics: columns of numbers.
@@ -85,8 +103,7 @@ def differences(table: pd.DataFrame, name: str, value: str, metrics: list[str]) 
     for column in (name, *metrics):
         _check_column(table, column)
     base = where(table, [f"{name}={value}"])
-    settings = list(table.columns[: table.columns.get_loc("checkpoint") + 1]) if "checkpoint" in table else []
-    settings = [column for column in settings or table.columns if column not in metrics]
+    settings = [column for column in _settings(table) or table.columns if column not in metrics]
     twice = table.duplicated(settings)
     if twice.any():
         row = " ".join(f"{column}={table[column][twice].iloc[0]}" for column in settings)
@@ -99,8 +116,8 @@ def differences(table: pd.DataFrame, name: str, value: str, metrics: list[str]) 
 
 
 def _check_only_seeds_differ(rows: pd.DataFrame, keys: list[str], metric: str) -> None:
-    """Raise ValueError unless rows differ in seeds only; a sweep's settings are the columns up to `checkpoint`."""
-    settings = list(rows.columns[: rows.columns.get_loc("checkpoint") + 1]) if "checkpoint" in rows else []
+    """Raise ValueError unless rows differ in seeds only."""
+    settings = _settings(rows)
     if len(rows) > (rows["seed"].nunique(dropna=False) if "seed" in rows else 1):
         settings = list(rows.columns)
     for name in settings:
@@ -111,6 +128,12 @@ def _check_only_seeds_differ(rows: pd.DataFrame, keys: list[str], metric: str) -
                 f"the table has results with {name} {' and '.join(map(str, values[:3]))} at {point}, "
                 f"and only seeds are averaged; choose one with --where {name}={values[-1]}"
             )
+
+
+def _settings(table: pd.DataFrame) -> list[str]:
+    """Return a sweep's settings: the columns up to `checkpoint` or `epoch`; none in a table that has neither."""
+    last = next((table.columns.get_loc(name) for name in ("checkpoint", "epoch") if name in table), -1)
+    return list(table.columns[: last + 1])
 
 
 def _check_column(table: pd.DataFrame, name: str) -> None:

@@ -162,6 +162,12 @@ class SweepRun:
             rows[step.label] |= {f"{step.task}_{k}" if k in point else k: v for k, v in step.numbers().items()}
         return list(rows.values())
 
+    def epochs(self) -> list[dict[str, Any]]:
+        """Return one row for each epoch of the pre-training so far: the point, the epoch, what log.txt says."""
+        point = {name: text_of(value) for name, value in self.point.items()}
+        lines = _mappings(self.steps[0].folder / "log.txt", "\n")
+        return [point | {"epoch": line["epoch"]} | _numbers(line) for line in lines if type(line.get("epoch")) is int]
+
 
 def parsed(what: str, parse: Callable, *arguments: Any) -> Any:
     """Return `parse(*arguments)`; turn the message with which a parser of flags exits into a ValueError."""

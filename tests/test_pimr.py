@@ -185,6 +185,33 @@ def test_only_seeds_are_averaged_over(tmp_path, capsys):
     assert "write NAME=VALUE" in refused(capsys, "plot", path, "--where", "last")
 
 
+def test_columns_are_joined_into_one_that_names_a_line(tmp_path, capsys):
+    args = {"": 0, "cell=2": 1}
+    rows = [
+        {"masking": "random", "masking_args": name, "mask_ratio": ratio, "seed": seed, "epoch": epoch, "knn": value}
+        for name, more in args.items()
+        for ratio in (0.5, 0.75)
+        for seed in (0, 1, 2)
+        for epoch in (0, 1)
+        for value in [40 + more + ratio + epoch]
+    ]
+    path = tmp_path / "epochs.csv"
+    pd.DataFrame(rows).to_csv(path, index=False)
+    script("pimr")([str(path), "--method", "masking", "masking_args", "--where", "epoch=1"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("masking, masking_args ")
+    assert [" ".join(line.split()) for line in (said[1], said[4])] == [
+        "random 0.5 41.50 0.000 0.000",
+        "random cell=2 0.5 42.50 0.000 0.800",
+    ]
+    script("plot")([str(path), "--x", "epoch", "--lines", "masking_args", "masking", "--where", "mask_ratio=0.5"])
+    assert (tmp_path / "epochs.png").stat().st_size > 5000
+    assert "epoch 0 and 1 at" in refused(capsys, "plot", path, "--lines", "masking", "masking_args")
+    assert "no column 'mask'" in refused(capsys, "plot", path, "--lines", "masking", "mask")
+    script("compare")([str(path), "--to", "masking_args=", "--where", "epoch=1", "mask_ratio=0.75"])
+    assert capsys.readouterr().out.endswith("| cell=2 | 1.00 ± 0.00 | 3 |\n")
+
+
 def test_a_setting_that_changes_with_the_seed_is_not_averaged_over():
     def summarize(*rows):
         return tables.summarize(pd.DataFrame(rows), ["masking"], "knn").loc["random"]

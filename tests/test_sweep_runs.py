@@ -96,6 +96,9 @@ def test_a_sweep_is_stopped_and_continued_and_one_of_its_runs_fails(small, tmp_p
     assert row["rank_me"] > 1
     assert 0.6 < row["train_mask_ratio"] < 0.9
     assert (output / "results.md").read_text() in said
+    epochs = tables.read_csv(output / "epochs.csv").query("lr == 0.001")
+    assert epochs["epoch"].tolist() == list(range(40))
+    assert epochs["train_loss"].iloc[-1] == row["train_loss"] < epochs["train_loss"].iloc[0]
 
     script()([str(path), "--output", str(output), "--dry_run"])
     commands = [line for line in capsys.readouterr().out.splitlines() if not line.startswith("# ")]
@@ -240,6 +243,10 @@ def test_lists_in_the_grid_an_untrained_model_and_columns_of_later_runs(small, t
     assert table["mask_ratio"].tolist() == [0.5] * 3
     assert table["evaluate_mask_ratio"].notna().all()
     assert table["train_loss"].notna().tolist() == [False, False, True]
+    (epoch,) = tables.read_csv(output / "epochs.csv").to_dict("records")
+    assert list(epoch)[:4] == ["epochs", "mask_ratio", "crop_scale", "epoch"]
+    assert (epoch["epochs"], epoch["crop_scale"], epoch["epoch"]) == (1, "0.6,1.0", 0)
+    assert epoch["train_loss"] == table["train_loss"].iloc[2]
     header = (output / "results.md").read_text().splitlines()[0]
     assert header.startswith("| epochs | mask_ratio | crop_scale | checkpoint | rank_me | ")
     assert header.endswith(" | train_loss | train_mask_ratio | n |")
