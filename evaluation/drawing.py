@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.collections import PolyCollection
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ def denormalize_patches(pred: torch.Tensor, patches: torch.Tensor) -> torch.Tens
 
 def draw(columns: list[Column], *, cell: float = 1.5) -> Figure:
     """Draw the columns side by side. Maps share the scale 0..1 and a colour bar; `cell`: an image's width in inches."""
+    from matplotlib.figure import Figure  # half a second, which only what draws should wait for
+
     rows = len(columns[0].pictures)
     height, width = columns[0].pictures.shape[-2:]
     lines = max(column.title.count("\n") for column in columns) + 1
@@ -103,6 +107,8 @@ def _hatch(axis, patches: torch.Tensor, size: tuple[int, int]) -> None:
     corners = np.array([[0, 0], [width, 0], [width, height], [0, height]]) - 0.5  # a pixel's centre is at its number
     places = patches.nonzero().numpy()[:, ::-1] * (width, height)  # (patches, 2), x before y
     squares = corners + places[:, None]  # (patches, 4, 2)
+    from matplotlib.collections import PolyCollection
+
     lines = {"hatch": "/////", "edgecolor": "0.25", "linewidth": 0}
     axis.add_collection(PolyCollection(squares, facecolor="none", **lines), autolim=False)
 

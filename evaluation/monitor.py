@@ -9,10 +9,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 import masking
@@ -20,6 +20,9 @@ from evaluation import drawing, features, figures
 from util.config import PretrainSettings
 from util.data import datasets, sources, transforms
 from util.training.log import RunLog
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Enough for a trend, and a minute at most on a GPU: images whose features the monitors take.
 TRAIN_IMAGES, VAL_IMAGES, SHOWN_IMAGES = 20_000, 5_000, 6

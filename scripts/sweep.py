@@ -30,7 +30,7 @@ import pandas as pd
 import torch
 
 from studies import cost, sweep, tables, trial
-from util import cli
+from util import cli, terminal
 from util.distributed import signals, world
 from util.files import write_whole
 from util.training import lock
@@ -41,6 +41,7 @@ SLURM_FLAGS = ("partition", "account", "qos", "constraint")
 
 def main(argv: list[str] | None = None) -> None:
     """Expand, run what is left, gather. Exit status 1 if a run failed, 75 if the sweep was stopped."""
+    terminal.protect()  # a reader that goes away, as `| head` does, ends neither the runs nor what waits for them
     given = make_parser().parse_args(argv)
     with cli.exit_on_user_error():
         runs = open_sweep(given)

@@ -51,6 +51,13 @@ def test_nothing_that_is_printed_ends_a_run(noisy, tmp_path, place, workers):
     assert content(tmp_path)["step"] == 4
 
 
+def test_a_reader_that_goes_away_ends_no_sweep(tmp_path):
+    sweep = ["scripts/sweep.py", "configs/sweeps/digits_methods.yaml", "--output", str(tmp_path), "--gather"]
+    shell = ["bash", "-o", "pipefail", "-c", '"$@" | true', "bash", sys.executable, *sweep]
+    result = subprocess.run(shell, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment())
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_letters_that_the_encoding_lacks_are_escaped(noisy, tmp_path, workers):
     result = train(noisy, tmp_path, "", workers, PYTHONIOENCODING="ascii")

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from util.files import write_whole
 from util.training.record import warn
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ID_FILE = "wandb_id.txt"
 
@@ -72,8 +73,10 @@ class WandbRun:
     def _shown(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self._wandb.Histogram(value.float().cpu().numpy())
-        if not isinstance(value, Figure):
+        if isinstance(value, (int, float)):
             return value
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
         canvas = FigureCanvasAgg(value)
         canvas.draw()
         return self._wandb.Image(np.asarray(canvas.buffer_rgba()))
