@@ -79,7 +79,7 @@ class SBAM:
         cell: side in patches of the square cells that are removed as a whole. The salience of a cell is the mean of
             its tokens', min-max-normalised again over the image, so that the noise keeps its relative width.
         rounding: "kept" rounds the number of kept cells up, as the paper; "removed" that of removed ones, as SimMIM.
-        weight: "outgoing" is the paper's salience, "incoming" its ablation: see `token_salience`.
+        weight: "outgoing" is the paper's salience, "incoming" ours to compare it with: see `token_salience`.
     """
 
     def __init__(

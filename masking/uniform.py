@@ -18,7 +18,8 @@ class RandomMasking:
     Args:
         mask_ratio: share of tokens removed, in (0, 1); a number, or an exact fraction such as "32/49".
         cell: side in patches of the square cells that are removed as a whole; 4 is Pixio's grid.
-        rounding: "kept" rounds the number of kept cells up, as MAE; "removed" that of removed ones, as SimMIM.
+        rounding: "kept" rounds the number of kept cells up, as the SBAM paper (MAE's code down); "removed" that of
+            removed ones up, as SimMIM.
     """
 
     def __init__(self, mask_ratio: float | str | Fraction = 0.75, cell: int = 1, rounding: str = "kept"):
