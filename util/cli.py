@@ -58,7 +58,8 @@ def parse(settings_class: type[SettingsT], argv: list[str] | None = None) -> Set
         settings = settings_class(**values)
         settings.check()
     if given.print_config:
-        print(as_yaml(settings), end="")
+        if os.environ.get("RANK", "0") == "0":
+            print(as_yaml(settings), end="")
         sys.exit(0)
     return settings
 

@@ -206,11 +206,11 @@ def _divisor_hint(effective: int, world_size: int, batch_size: int) -> str:
 class PretrainSettings(Settings):
     """Settings of `main_pretrain.py`."""
 
-    model: str = result("mae_vit_large_patch16", "name of the architecture, see models_mae.py")
-    method: str = result("mae", "mae, or your own as package.module:Class")
+    model: str = result("mae_vit_large_patch16", "name of the architecture: docs/PRETRAIN.md has them")
+    method: str = result("mae", "mae, simmim, bootmae, cmae, hpm, ibot, or your own as package.module:Class")
     method_args: list[str] = result([], "the method's own options as name=value", pairs=True)
     mask_ratio: float | str = result(0.75, "share of patches removed, also as 32/49; under sbam_amr the base ratio")
-    masking: str = result("random", "random, sbam, sbam_amr, or your own as package.module:Class")
+    masking: str = result("random", "random, sbam, sbam_amr, others of docs/MASKING.md, yours as package.module:Class")
     masking_args: list[str] = result([], "the strategy's own options as name=value, such as delta_r=0.15", pairs=True)
     masking_warmup_epochs: int = result(0, "epochs of random masking before --masking begins")
     decode_ratio: float | str = result(1.0, "share of the removed patches that are predicted, drawn anew each step")
@@ -264,7 +264,7 @@ class SupervisedSettings(Settings):
     cls_token: bool = result(False, "classify the class token: the opposite of --global_pool")
     crop_pct: float | None = result(None, "evaluation: centre crop over resized side; default: 0.875 up to 224 pixels")
     crop_scale: list[float] = result([0.08, 1.0], "range of the random crop's area over the image's")
-    eval: bool = result(False, "only evaluate; needs --resume or --finetune")
+    eval: bool = result(False, "only evaluate: the checkpoint of --resume, else of --finetune, else the run's own")
     dist_eval: bool = speed(True, "share the validation images out over the processes; each is counted once")
     save_every_epochs: int | None = display(
         None, "epochs between two checkpoints that are kept; default: only the last"
