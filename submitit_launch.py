@@ -104,6 +104,7 @@ def run_here(given: argparse.Namespace, task_argv: list[str]) -> None:
 def submit(given: argparse.Namespace, job: Job, folder: Path) -> None:
     """Submit `job`, whose script, pickle and logs go to `folder`. ValueError if SLURM is missing or refuses."""
     try:
+        import cloudpickle  # of submitit
         import submitit
     except ImportError as error:
         raise ValueError("submitit is missing; pip install submitit") from error
@@ -113,6 +114,8 @@ def submit(given: argparse.Namespace, job: Job, folder: Path) -> None:
         def affinity(cls) -> int:
             return 1  # a script can be printed where there is no SLURM
 
+    # The job may start where this file cannot be imported, which is by then no `__main__` if submitit_pretrain.py was.
+    cloudpickle.register_pickle_by_value(sys.modules[Job.__module__])
     executor = Executor(folder)
     executor.update_parameters(**parameters(given))
     if given.dry_run:

@@ -1,4 +1,4 @@
-"""Opening a checkpoint to look at it: the model, how its images are prepared, and measurements of its features."""
+"""Open a checkpoint to look at it: the model, and how its images are prepared."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Opened:
 
 
 def untrained(name: str, device: torch.device | str = "cpu", **changes) -> Opened:
-    """Build a model of `models_mae` with random weights from seed 0; `changes` are settings as on the command line."""
+    """Build a model of `models_mae` with random weights; `changes`, `seed` too, are settings as on the command line."""
     check_device(device)
     settings = PretrainSettings(model=name, **changes)
     settings.check()

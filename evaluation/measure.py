@@ -92,7 +92,7 @@ def measure(
     result: dict = {"train_images": len(sets.train) if sets.train is not None else 0, "val_images": len(sets.val)}
     if {"knn", "rank_me", "linear"} & set(metrics):
         val = extract(sets.val, pool)
-        train = extract(sets.train, pool) if _LABELLED & set(metrics) else None
+        train = extract(sets.train, pool) if {"knn", "linear"} & set(metrics) else None
         if "knn" in metrics:
             result["knn"] = features.knn_accuracy(train, val, neighbours)
         if "linear" in metrics:

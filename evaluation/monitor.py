@@ -72,11 +72,8 @@ def open_sets(
     try:
         train = datasets.open_labelled(name, path, "train", channels)
         val = datasets.open_labelled(name, path, "val", channels)
-        extra = sorted(set(val.classes) - set(train.classes))
-        if extra:
-            raise ValueError(f"--data_path {path}: classes of val/ that train/ has not: {extra[:5]}")
+        val = val.relabelled(train.classes, f"--data_path {path}")
         datasets.check_several_classes(train)
-        val = val if val.classes == train.classes else val.relabelled(train.classes)
     except ValueError as error:
         unlabelled = datasets.open_unlabelled(name, path, channels)
         return ImageSets(None, subset(unlabelled, val_images), str(error))

@@ -63,6 +63,11 @@ def segment(
     classes.check(val)
 
     labels = torch.stack([_shrink(classes.number(sample.labels), opened.size) for sample in train])  # (n, h, w)
+    if (patch_labels(labels, opened.model.patch_embed.grid_size) == IGNORED).all():
+        raise ValueError(
+            f"{train[0].mask}: as in the other training masks, most pixels of each patch are of --ignore_index, so no "
+            "patch has a label; take masks with labelled areas"
+        )
     tokens = torch.cat([encode(opened, batch).cpu() for batch in _batches(train)])  # (n, L, D)
     scorers = {
         "linear": fit_linear(opened, tokens, labels, len(classes)),

@@ -134,12 +134,12 @@ def open_splits(arguments: argparse.Namespace) -> dict[str, ImageSet]:
     try:
         splits = {"train": train, "val": datasets.open_labelled(*source, "val", chans)}
     except ValueError as error:
+        if root and train.classes and (root / "val").is_dir() and any((root / "val").iterdir()):
+            raise
         print(f"no validation images ({error})")
         return {"train": train}
     if train.classes:
-        if extra := sorted(set(splits["val"].classes) - set(train.classes)):
-            raise ValueError(f"{arguments.source}: classes of the validation images that train lacks: {extra[:5]}")
-        splits["val"] = splits["val"].relabelled(train.classes)
+        splits["val"] = splits["val"].relabelled(train.classes, arguments.source)
     return splits
 
 

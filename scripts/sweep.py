@@ -31,12 +31,13 @@ import torch
 
 from studies import cost, sweep, tables, trial
 from util import cli, terminal
-from util.distributed import signals, world
+from util.distributed import signals, slurm, world
 from util.files import write_whole
 from util.training import lock
 
 ROOT = Path(__file__).resolve().parent.parent
 SLURM_FLAGS = ("partition", "account", "qos", "constraint")
+SAVING_S = 3600  # how long torchrun waits for its workers' checkpoints
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -110,8 +111,7 @@ def check(given: argparse.Namespace) -> None:
     if given.output == "":
         raise ValueError("--output '': is empty; name a folder")
     for name in SLURM_FLAGS:
-        if not (getattr(given, name) or "").isprintable():
-            raise ValueError(f"--{name} {getattr(given, name)!r}: holds a control character")
+        cli.check_printable(name, getattr(given, name) or "")
     if given.cluster == "slurm" and not (given.dry_run or given.gather):
         missing = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
         if missing:
@@ -148,7 +148,10 @@ def do_step(step: trial.Step, ngpus: int, file: IO[str]) -> int:
     script = str(ROOT / step.script)
     if ngpus > 1 and step.task != "evaluate":
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpus}"]
-        return subprocess.run([*launcher, script, *step.argv], stdout=file, stderr=subprocess.STDOUT).returncode
+        launcher += [f"--shutdown-timeout={SAVING_S}", script]
+        with outliving():
+            return subprocess.run([*launcher, *step.argv], stdout=file, stderr=subprocess.STDOUT).returncode
+    torch.set_float32_matmul_precision("highest")  # torch's default, which a training before it has changed
     main = runpy.run_path(script, run_name=step.task)["main"]
     with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
@@ -159,6 +162,24 @@ def do_step(step: trial.Step, ngpus: int, file: IO[str]) -> int:
             traceback.print_exc()
             return 1
     return 0
+
+
+@contextlib.contextmanager
+def outliving() -> Iterator[None]:
+    """Stay, in the block, until torchrun has gone, which gets the signals of the group, too, and whose workers save."""
+
+    def ignore(number, frame) -> None:
+        """Do nothing. SIG_IGN would be inherited by workers that are still importing."""
+
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, ignore),
+        signal.SIGUSR2: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # torchrun, which does not know it, would die
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def command(given: argparse.Namespace, run: trial.SweepRun) -> list[str]:
@@ -220,20 +241,32 @@ def shares(parallel: int, ngpus: int) -> list[dict[str, str]]:
 
 
 class ClusterJob:
-    """What submitit runs: this script again, for one run. Holds no class of this project, which it could not import."""
+    """What submitit runs: this script again, for one run. Holds no class of this project, which it could not import.
+
+    Attributes:
+        command: the script's.
+        process: in which it runs, once it does.
+    """
 
     def __init__(self, command: list[str]):
         self.command = command
 
     def __call__(self) -> int:
         """Return the exit status."""
-        return subprocess.run(self.command, check=False).returncode
+        self.process = subprocess.Popen(self.command)  # subprocess.run would kill it when submitit leaves
+        return self.process.wait()
 
     def checkpoint(self):
-        """Return the same job again, which continues: called before the time limit and on preemption."""
+        """Wait until the run has saved, and return the same job, which continues it.
+
+        submitit calls it in the handler of the signal before the time limit or a preemption, which the run gets, too.
+        """
         import submitit
 
-        return submitit.helpers.DelayedSubmission(self)
+        # `wait` holds a lock in this very thread, which the signal has interrupted.
+        with contextlib.suppress(AttributeError, ChildProcessError):  # not begun, or over
+            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(type(self)(self.command))
 
 
 def submit(runs: list[trial.SweepRun], given: argparse.Namespace, folder: Path) -> None:
@@ -244,6 +277,7 @@ def submit(runs: list[trial.SweepRun], given: argparse.Namespace, folder: Path) 
     executor.update_parameters(
         name="sweep",
         timeout_min=given.timeout,
+        slurm_signal_delay_s=slurm.warning_seconds(given.timeout),
         cpus_per_task=given.cpus_per_task,
         gpus_per_node=given.ngpus,
         slurm_array_parallelism=given.parallel or len(runs),

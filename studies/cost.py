@@ -94,7 +94,8 @@ def images_of(settings: Settings) -> tuple[tuple[int, int], str]:
     if not here:
         place = settings.data_path or "--data_path"
         return IMAGENET, f"on ImageNet-1K's {IMAGENET[0]:,} + {IMAGENET[1]:,} images, because {place} is not here"
-    train = len(datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans))
+    loader = getattr(settings, "loader", None)
+    train = len(datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans, loader))
     val = 0
     with contextlib.suppress(ValueError):  # images without labels have no such set
         val = len(datasets.open_labelled(settings.dataset, settings.data_path, "val", settings.in_chans))

@@ -152,7 +152,7 @@ def flags(options: dict[str, Any]) -> list[str]:
             argv.append(f"--{name}" if value else f"--no_{name}")
             continue
         if isinstance(value, dict):
-            value = [f"{key}={item}" for key, item in value.items()]
+            value = [f"{key}={'null' if item is None else item}" for key, item in value.items()]
         values = value if isinstance(value, list) else ["null" if value is None else value]
         argv += [f"--{name}", *map(str, values)]
     return argv

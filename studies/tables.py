@@ -20,7 +20,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
         raise ValueError(f"{path}: cannot be read as CSV ({error})") from error
     if table.empty:
         raise ValueError(f"{path}: holds no result")
-    return table
+    return table.astype(dict.fromkeys(table.select_dtypes("bool"), str))  # true and false are names, not numbers
 
 
 def where(table: pd.DataFrame, conditions: list[str]) -> pd.DataFrame:
@@ -69,11 +69,9 @@ def summarize(table: pd.DataFrame, keys: list[str], metric: str) -> pd.DataFrame
         ValueError: a column is missing, the metric is not numeric, or rows that agree in `keys` differ in more than
             the seed and what was measured.
     """
-    for name in (*keys, metric):
+    for name in keys:
         _check_column(table, name)
-    if not is_numeric_dtype(table[metric]):
-        value = next(cell for cell in table[metric] if not isinstance(cell, (int, float)))
-        raise ValueError(f"the column {metric!r} holds {value!r}, which is no number; name another one")
+    _check_numbers(table, metric)
     groups = table.dropna(subset=[metric]).groupby(keys, sort=False, dropna=False)
     for _, rows in groups:
         _check_only_seeds_differ(rows, keys, metric)
@@ -100,8 +98,9 @@ def differences(table: pd.DataFrame, name: str, value: str, metrics: list[str]) 
     Raises:
         ValueError: a column or the value is missing, rows agree in all settings, or no row has a partner.
     """
-    for column in (name, *metrics):
-        _check_column(table, column)
+    _check_column(table, name)
+    for metric in metrics:
+        _check_numbers(table, metric)
     base = where(table, [f"{name}={value}"])
     settings = [column for column in _settings(table) or table.columns if column not in metrics]
     twice = table.duplicated(settings)
@@ -140,6 +139,13 @@ def _check_column(table: pd.DataFrame, name: str) -> None:
     columns = table.dropna(axis="columns", how="all").columns
     if name not in columns:
         raise ValueError(f"the table has no column {name!r}; it has {', '.join(map(str, columns))}")
+
+
+def _check_numbers(table: pd.DataFrame, metric: str) -> None:
+    _check_column(table, metric)
+    if not is_numeric_dtype(table[metric]):
+        value = next(cell for cell in table[metric] if not isinstance(cell, (int, float)))
+        raise ValueError(f"the column {metric!r} holds {value!r}, which is no number; name another one")
 
 
 def markdown(table: pd.DataFrame, keys: list[str], metrics: list[str]) -> str:

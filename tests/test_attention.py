@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from faults import injected
-from helpers import golden, refusal, tiny_mae, varied_images, write_pictures
+from helpers import golden, log_lines, refusal, tiny_mae, varied_images, write_pictures
 from reference import amt
 from runs import assert_same_run, content, flags, pretrain, stopped, torchrun
 
@@ -155,6 +155,28 @@ def test_a_signal_while_maps_are_made_costs_only_them(pictures, tmp_path, monkey
     assert maps(tmp_path / "parts") == []
     pretrain(pictures, tmp_path / "parts", *AMT)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("most", [0.0, 0.2])
+def test_an_image_that_fails_while_maps_are_made_is_named_and_counted(pictures, tmp_path, monkeypatch, capsys, most):
+    squash, calls = attention_maps.Squash.__call__, []
+
+    def failing(self, pixels):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ValueError("a disk that fails for a moment")
+        return squash(self, pixels)
+
+    monkeypatch.setattr(attention_maps.Squash, "__call__", failing)
+    given = [*AMT, "--epochs", 3, "--max_bad_images", most]
+    if most:
+        pretrain(pictures, tmp_path, *given)
+        assert [line["train_bad_images"] for line in log_lines(tmp_path)] == [0, 1, 1]
+    else:
+        with pytest.raises(SystemExit):
+            pretrain(pictures, tmp_path, *given)
+        assert maps(tmp_path) == []
+    assert f"{pictures}/train/class0/" in capsys.readouterr().err
 
 
 def test_two_processes_make_the_same_maps(pictures, tmp_path):

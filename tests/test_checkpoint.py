@@ -196,6 +196,8 @@ def test_what_is_no_checkpoint_is_said(tmp_path):
             checkpoint.load(tmp_path / name)
     with pytest.raises(ValueError, match="there is no such checkpoint"):
         checkpoint.load(tmp_path / "absent")
+    with pytest.raises(ValueError, match=r"/proc/self/mem: cannot be read \(Input/output error\)"):
+        checkpoint.load("/proc/self/mem")  # is there, and refuses whoever reads it, root too
 
 
 def test_saving_leaves_nothing_but_the_checkpoint(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -142,3 +143,6 @@ def test_the_images_that_are_there_are_counted(tmp_path):
     )
     settings.data_path = str(write_pictures(tmp_path / "pictures", classes=2, per_class=6))
     assert cost.images_of(settings)[0] == (12, 12)
+    np.save(tmp_path / "12.npy", np.zeros((8, 8, 12), dtype=np.uint8))
+    bands = pretraining("--data_path", tmp_path, "--in_chans", 12, "--loader", "util.loaders:npy")
+    assert cost.images_of(bands)[0] == (1, 0)

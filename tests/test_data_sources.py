@@ -94,6 +94,8 @@ def test_shards_chosen_by_a_pattern(shards):
     assert len(datasets.open_unlabelled("wds/*-000.tar", place, 3)) == 16
     with pytest.raises(ValueError, match=r"train-003\.tar: this shard is missing"):
         datasets.open_unlabelled("wds/train-{000..003}.tar", place, 3)
+    with pytest.raises(ValueError, match="give the pattern below --data_path"):
+        datasets.open_unlabelled(f"wds/{place}/train-000.tar", place, 3)
 
 
 @pytest.mark.parametrize("indexed", [False, True])

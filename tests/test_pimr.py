@@ -242,6 +242,16 @@ def test_methods_are_compared_where_all_have_a_result(tmp_path, capsys):
     assert "knn: PIMR is without 0.7" in capsys.readouterr().out
 
 
+def test_switches_are_names_and_names_are_no_numbers(tmp_path, capsys):
+    rows = [{"norm_pix_loss": on, "checkpoint": "last", "knn": 60.0 + on} for on in (True, False)]
+    pd.DataFrame(rows).to_csv(tmp_path / "switch.csv", index=False)
+    script("plot")([str(tmp_path / "switch.csv"), "--x", "norm_pix_loss"])
+    script("compare")([str(tmp_path / "switch.csv"), "--to", "norm_pix_loss=False"])
+    assert capsys.readouterr().out.endswith("| True | 1.00 | 1 |\n")
+    said = refused(capsys, "compare", tmp_path / "switch.csv", "--to", "norm_pix_loss=True", "--metric", "checkpoint")
+    assert "'checkpoint' holds 'last', which is no number" in said
+
+
 def test_a_mistake_with_a_table_is_one_sentence(tmp_path, capsys):
     _, path = write(tmp_path)
     (tmp_path / "binary.csv").write_bytes(bytes(range(128, 256)))

@@ -229,7 +229,10 @@ def test_validation_images_keep_their_classes(tmp_path, capsys):
         datasets.open_labelled("wds", str(tmp_path / "bad val"), "val", 3)
     save(source / "val" / "dog" / "0.png")
     said = refusal(prepare_data.main, [source, tmp_path / "x"], capsys)
-    assert "classes of the validation images that train lacks: ['dog']" in said
+    assert "classes of val/ that train/ has not: ['dog']" in said
+    save(tmp_path / "loose" / "train" / "a" / "0.png")
+    save(tmp_path / "loose" / "val" / "0.png")
+    assert "class" in refusal(prepare_data.main, [tmp_path / "loose", tmp_path / "x"], capsys)
     assert not (tmp_path / "x").exists()
 
 

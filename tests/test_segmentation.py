@@ -194,6 +194,19 @@ def test_labels_that_do_not_count_are_no_class(tmp_path):
     assert min(two["iou_knn"]) > 85
 
 
+def test_strokes_that_are_the_most_frequent_label_nowhere_are_refused(tmp_path):
+    opened = untrained(write(tmp_path, "ade20k"))
+
+    def strokes(labels: np.ndarray) -> np.ndarray:
+        thin = np.full_like(labels, 255)
+        thin[4::8] = labels[4::8]
+        return thin
+
+    relabel(tmp_path, strokes)
+    with pytest.raises(ValueError, match=r"train_0\.png: as in the other training masks, most pixels of each patch"):
+        segmentation.segment(opened)
+
+
 def test_masks_of_black_and_white(tmp_path):
     opened = untrained(write(tmp_path, "ade20k"))
     relabel(tmp_path, lambda labels: np.where(labels == 2, 255, 0).astype(np.uint8))

@@ -67,8 +67,8 @@ def submit(cluster: Cluster, folder: Path, *flags: str, seconds: float = 0) -> S
 
 
 def submit_as_users_do(cluster: Cluster, folder: Path, *flags: str) -> Submitted:
-    """The same by the script, where the project cannot be imported but from its own folder."""
-    command = [sys.executable, ROOT / "submitit_launch.py", "pretrain", *TWO, "--job_dir", folder, *TASK, *flags]
+    """The same by MAE's script, where the project cannot be imported but from its own folder."""
+    command = [sys.executable, ROOT / "submitit_pretrain.py", *TWO, "--job_dir", folder, *TASK, *flags]
     variables = environment(PYTHONPATH=str(ROOT / "tests"))  # for slow_masking
     said = cluster.run(*command, **variables)
     return Submitted(re.search(r"job (\d+)", said)[1], cluster, folder)

@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 import runpy
 import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 import yaml
@@ -57,6 +62,7 @@ def test_the_grid(tmp_path):
     assert evaluate.argv[0].endswith("pretrain/checkpoint-last.pth")
     assert "--masking_args" not in runs[0].steps[0].argv
     assert sweep.flags({"epochs": 3, "config": "a.yaml"}) == ["--config", "a.yaml", "--epochs", "3"]
+    assert sweep.flags({"masking_args": {"attempts": None}}) == ["--masking_args", "attempts=null"]
 
 
 def test_what_is_measured_of_some_runs_alone(tmp_path):
@@ -227,6 +233,7 @@ def test_the_jobs_of_an_array_run_at_a_time_unless_limited(slurm, tmp_path, flag
     assert status_of(path, "--output", tmp_path / "o", "--cluster", "slurm", "--partition", "gpu", *flags) == 0
     script = (tmp_path / "given").read_text()
     assert f"#SBATCH --array={array}\n" in script
+    assert "#SBATCH --signal=USR2@300\n" in script
     assert "#SBATCH --partition=gpu\n" in script
 
 
@@ -243,7 +250,7 @@ def test_a_mistake_with_slurm_is_one_sentence(slurm, tmp_path, capsys):
     said = refusal(script(), [*command, "--partition", "none"], capsys)
     assert "SLURM refuses the jobs: invalid partition specified: none" in said
     evil = "gpu\ntouch /tmp/evil"
-    assert "holds a control character" in refusal(script(), [*command, "--partition", evil], capsys)
+    assert "has a control character" in refusal(script(), [*command, "--partition", evil], capsys)
 
 
 @pytest.mark.parametrize(
@@ -268,3 +275,55 @@ def test_a_cluster_job_runs_its_command_in_a_process_of_submitit(tmp_path):
     done = executor.submit(job(["sh", "-c", f"touch {tmp_path}/ran; exit 3"]))
     assert done.result() == 3
     assert (tmp_path / "ran").exists()
+
+
+SAVING = """
+import pathlib, signal, sys, time
+def save(number, frame):
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGUSR2, save)
+pathlib.Path("begun").touch()
+time.sleep(60)
+"""
+
+
+def test_a_cluster_job_that_is_warned_waits_until_its_run_has_saved(tmp_path, monkeypatch):
+    """submitit leaves by SystemExit in the handler of the signal, which the run gets, too."""
+    pytest.importorskip("submitit")
+    monkeypatch.chdir(tmp_path)
+    job = runpy.run_path(str(ROOT / "scripts/sweep.py"), run_name="sweep")["ClusterJob"]([sys.executable, "-c", SAVING])
+    again = []
+
+    def warned(number, frame):
+        os.kill(job.process.pid, signal.SIGUSR2)
+        again.append(job.checkpoint().function)
+        sys.exit(-1)
+
+    def warn():
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    before = signal.signal(signal.SIGUSR2, warned)
+    try:
+        threading.Thread(target=warn).start()
+        with pytest.raises(SystemExit):
+            job()
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert (tmp_path / "saved").exists()
+    assert vars(again[0]) == {"command": job.command}
+
+
+def test_who_waits_for_torchrun_outlives_the_signals_that_it_gets():
+    outliving = runpy.run_path(str(ROOT / "scripts/sweep.py"), run_name="sweep")["outliving"]
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)]
+    with outliving():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        # A process that it starts has the usual handler, or a worker that imports could not be stopped.
+        shown = "import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
+        assert subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True).stdout == "True\n"
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)] == before

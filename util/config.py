@@ -330,6 +330,8 @@ class FinetuneSettings(SupervisedSettings):
             raise ValueError(f"--layer_decay {self.layer_decay}: must be above 0 and at most 1")
         if len(self.cutmix_minmax) not in (0, 2):
             raise ValueError(f"--cutmix_minmax {self.cutmix_minmax}: give two numbers, smallest and largest side")
+        if self.cutmix_minmax and not 0 <= self.cutmix_minmax[0] < self.cutmix_minmax[1] <= 1:
+            raise ValueError(f"--cutmix_minmax {self.cutmix_minmax}: must be two rising numbers in 0 to 1")
         if self.aa and self.in_chans not in (1, 3):
             raise ValueError(f"--in_chans {self.in_chans}: --aa needs 1 or 3 channels; turn it off with --aa null")
         if self.color_jitter and self.in_chans not in (1, 3):

@@ -7,6 +7,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from util.suggest import nearest
 
@@ -78,15 +79,20 @@ class Registry:
             raise ValueError(f"the {self.kind} {name!r} cannot be made from {join(options)}: {error}") from error
 
     def _import(self, path: str) -> type:
-        module_name, _, class_name = path.partition(":")
-        if os.getcwd() not in sys.path:  # torchrun and `python path/main.py` do not put it there
-            sys.path.append(os.getcwd())
         try:
-            return getattr(importlib.import_module(module_name), class_name)
+            return import_attribute(path)
         except Exception as error:  # importing runs the user's code, which may fail in any way
             raise ValueError(
                 f"the {self.kind} {path!r} cannot be imported ({error}); write package.module:Class"
             ) from error
+
+
+def import_attribute(path: str) -> Any:
+    """Import `package.module:name`, also from the current folder. Raises whatever the module does."""
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:  # torchrun and `python path/main.py` do not put it there
+        sys.path.append(os.getcwd())
+    return getattr(importlib.import_module(module), name)
 
 
 def join(names: Iterable[str]) -> str:

@@ -63,8 +63,16 @@ class ImageSet:
         """Return a hash of the ordered names of the images, as far as the source knows them."""
         return names.digest(self.source)
 
-    def relabelled(self, classes: tuple[str, ...]) -> ImageSet:
-        """Return the same images, their classes numbered as in `classes`."""
+    def relabelled(self, classes: tuple[str, ...], where: str) -> ImageSet:
+        """Return the same validation images, their classes numbered as in `classes`.
+
+        Raises:
+            ValueError: a class is not among them; names `where` the images are.
+        """
+        if extra := sorted(set(self.classes) - set(classes)):
+            raise ValueError(f"{where}: classes of val/ that train/ has not: {extra[:5]}")
+        if self.classes == classes:
+            return self
         number = np.array([classes.index(name) for name in self.classes])
         return replace(self, labels=number[self.labels], classes=classes)
 

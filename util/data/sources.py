@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +11,7 @@ from typing import NoReturn, Protocol
 import numpy as np
 
 from util.data.decode import Content
+from util.registry import import_attribute
 
 
 class Source(Protocol):
@@ -163,10 +163,9 @@ def _refuse(error: OSError) -> NoReturn:
 
 def import_loader(name: str) -> Callable[[str], np.ndarray]:
     """Return the function `package.module:function`. ValueError if there is none."""
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(f"--loader {name}: write package.module:function, such as util.loaders:npy")
     try:
-        return getattr(importlib.import_module(module), function)
+        return import_attribute(name)
     except Exception as error:  # the module may raise anything
         raise ValueError(f"--loader {name}: cannot be imported ({type(error).__name__}: {error})") from error

@@ -42,8 +42,11 @@ class ShardIndex:
         rows = zip(self.starts, self.sizes, self.labels, map(json.dumps, self.names), strict=True)
         lines = [f"{_MAGIC}\t{shard.stat().st_size}\t{len(self.names)}", *("\t".join(map(str, row)) for row in rows)]
         temporary = Path(f"{index_path(shard)}.{os.getpid()}.tmp")
-        temporary.write_text("\n".join(lines) + "\n")
-        temporary.replace(index_path(shard))
+        try:
+            temporary.write_text("\n".join(lines) + "\n")
+            temporary.replace(index_path(shard))
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def index_path(shard: Path) -> Path:

@@ -147,6 +147,8 @@ def _listed_shards(root: Path, split: dict) -> list[Path]:
 
 def _matching_shards(root: Path, pattern: str) -> list[Path]:
     """Return the shards of a pattern such as a-{008..010}.tar or a-*.tar; ends at the first that is missing."""
+    if Path(pattern).is_absolute():
+        raise ValueError(f"--dataset wds/{pattern}: give the pattern below --data_path {root}, without its folders")
     shards = []
     for part in _expand(pattern):
         shards += sorted(root.glob(part)) or [root / part]

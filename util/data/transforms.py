@@ -54,7 +54,7 @@ def finetune_transform(
             mean=mean,
             normalize=False,
         )
-    except AssertionError as error:
+    except (AssertionError, ValueError) as error:
         raise ValueError(f"--aa {auto_augment}: no policy of timm's, such as rand-m9-mstd0.5-inc1") from error
 
 

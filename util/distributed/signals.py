@@ -63,7 +63,7 @@ class Signals:
     def waiting_for(self, awaited: Callable[[], str], timeout_s: float) -> Iterator[None]:
         """Let a signal end the waiting in the block: raise `Interrupted`.
 
-        Every minute stderr is told what is `awaited`; after `timeout_s` seconds it is the last thing that is told.
+        Log what this process waits for, once a minute; exit after `timeout_s` seconds.
         """
         self._awaited, self._waited_s, self._timeout_s = awaited, 0.0, timeout_s
         step = min(_STALL_S, timeout_s)

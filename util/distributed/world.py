@@ -164,8 +164,3 @@ def wrap(model: nn.Module, device: torch.device, accumulates: bool = True) -> nn
     return nn.parallel.DistributedDataParallel(
         model, device_ids=ids, gradient_as_bucket_view=True, static_graph=not accumulates
     )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DistributedDataParallel."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

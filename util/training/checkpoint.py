@@ -56,7 +56,10 @@ def load(path: str | Path) -> dict:
     """
     if not Path(path).is_file():
         raise ValueError(f"{path}: there is no such checkpoint")
-    damage = find_damage(path) if _is_archive(path) else ""  # files older than PyTorch 1.6 have no checksums
+    try:
+        damage = find_damage(path) if _is_archive(path) else ""  # files older than PyTorch 1.6 have no checksums
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); mend its permissions or its disk") from error
     if damage:
         raise ValueError(f"{path}: damaged ({damage})")
     content = unpickle(path)

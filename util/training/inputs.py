@@ -51,7 +51,7 @@ def open_inputs(settings: SupervisedSettings, build: Build, multiple: int = 1) -
         check_several_classes(train)
     val = _open(settings, "val")
     classes = train.classes if train is not None else tuple(content.get("classes", ())) or val.classes
-    val = _number_classes(settings, val, classes)
+    val = val.relabelled(classes, f"--data_path {settings.data_path}")
     if settings.nb_classes is not None and settings.nb_classes < len(classes):
         raise ValueError(f"--nb_classes {settings.nb_classes}: the pictures have {len(classes)} classes")
     num_classes = settings.nb_classes or len(classes)
@@ -108,13 +108,6 @@ def _check_classifier(path: str | Path, state: dict[str, torch.Tensor]) -> None:
             f"{path}: an encoder without a classifier's head, which --eval cannot evaluate; train a head on it with "
             f"--finetune {path} and without --eval, or measure its features with scripts/evaluate.py {path}"
         )
-
-
-def _number_classes(settings: SupervisedSettings, val: ImageSet, classes: tuple[str, ...]) -> ImageSet:
-    extra = sorted(set(val.classes) - set(classes))
-    if extra:
-        raise ValueError(f"--data_path {settings.data_path}: classes of val/ that train/ has not: {extra[:5]}")
-    return val if val.classes == classes else val.relabelled(classes)
 
 
 def _open(settings: SupervisedSettings, split: str) -> ImageSet:

@@ -95,10 +95,11 @@ def load_side_state(method: nn.Module, content: dict, name: str) -> None:
         raise ValueError(f"{content['path']}: the state of its method must be a dictionary of tensors")
     difference = checkpoint.describe_difference(method.side_state(), saved)
     if difference:
+        before = checkpoint.arguments(content).get("method", "mae")
         raise ValueError(
-            f"{content['path']}: trained with --method {content.get('args', {}).get('method', 'mae')}, whose state is "
-            f"not that of --method {name}: {difference}; use the method it was trained with, or start from its weights "
-            "with --finetune and another --output_dir"
+            f"{content['path']}: trained with --method {before}, whose state is not that of --method {name}: "
+            f"{difference}; use the method it was trained with, or start from its weights with --finetune and another "
+            "--output_dir"
         )
     method.load_side_state(saved)
 

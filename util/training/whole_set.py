@@ -47,7 +47,7 @@ class WholeSet:
     def in_order(self, transform: Callable, title: str) -> Iterator[torch.Tensor]:
         """Yield batches of this process's images, in order.
 
-        An image that cannot be read is replaced by the next good one, as in training.
+        An image that cannot be read is replaced by the next good one, named and counted, as in training.
 
         Args:
             transform: as for `SeededImages`, without random numbers.
@@ -55,16 +55,20 @@ class WholeSet:
         """
         settings, log = self._context.settings, self._context.log
         self._exits.save(self._epoch, self._steps, self._averages)
-        dataset = SeededImages(self._images.images, transform, max_bad_images=1.0)
+        bad = self._images.bad
+        dataset = SeededImages(self._images.images, transform, max_bad_images=bad.max_share)
+        dataset.bad = bad  # of the training: the same images are named once, and too many end the run
         batches = evaluation_loader(
             dataset, self.mine, batch_size=settings.batch_size, num_workers=settings.num_workers
         )
-        rounds = -(-len(range(len(self))[: -(-len(self) // world.world_size())]) // settings.batch_size)
+        share = -(-len(self) // world.world_size())  # of the process with the most
+        rounds = -(-share // settings.batch_size)
         checked = self._exits.checked(batches, rounds, self._epoch, self._averages)
         for number, (pixels, _) in enumerate(checked, 1):
             yield pixels
             if number % settings.print_freq == 0 or number == rounds:
                 log.progress(title, number, rounds, {})
+        bad.collect(self._context.device)
 
     def together(self) -> None:
         """Wait for all processes; leave with them if one was asked to stop."""
