@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
 import torch
-from helpers import ROOT, environment, tiny_mae, varied_images
+from helpers import ROOT, tiny_mae, varied_images
 from torch.utils.flop_counter import FlopCounterMode
 
 import masking
@@ -136,11 +136,13 @@ def test_tables_are_markdown():
     assert lines == ["| step   | ms  |", "| ------ | --- |", "| random | 1.5 |", "| sbam   |     |"]
 
 
-def test_an_unknown_benchmark_is_one_sentence():
-    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), "speed"]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert result.returncode == 2
-    assert "say train, methods, masks, growth, save, data or views" in result.stderr
+def test_an_unknown_benchmark_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "speed"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "scripts" / "benchmark.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert "say train, methods, masks, growth, save, data or views" in capsys.readouterr().err
 
 
 def test_every_way_to_the_views_is_timed(tmp_path):

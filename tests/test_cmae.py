@@ -167,8 +167,9 @@ def test_a_run_continues_bit_for_bit(pictures, tmp_path, strategy):
 
 def test_its_model_is_fine_tuned_as_maes(pictures, tmp_path):
     main_pretrain.main(flags(pictures, tmp_path / "cmae", *GIVEN, "--epochs", 1))
-    arguments = ["--dataset", "digits", "--model", "vit_mini_patch4", "--epochs", 1, "--warmup_epochs", 0]
-    arguments += ["--batch_size", 128, "--num_workers", 0, "--output_dir", tmp_path / "out"]
+    labelled = write_pictures(tmp_path / "labelled")
+    arguments = ["--data_path", labelled, "--model", "vit_mini_patch4", "--epochs", 1, "--warmup_epochs", 0]
+    arguments += ["--batch_size", 4, "--num_workers", 0, "--output_dir", tmp_path / "out"]
     arguments += ["--finetune", tmp_path / "cmae" / "checkpoint-last.pth"]
     main_finetune.main([str(argument) for argument in arguments])
     assert np.isfinite(log_lines(tmp_path / "out")[0]["train_loss"])

@@ -34,6 +34,7 @@ HF |= {"intermediate_size": 384, "layer_norm_eps": 1e-6}
 DECODER = {"decoder_hidden_size": 64, "decoder_num_hidden_layers": 1, "decoder_intermediate_size": 256}
 FLAGS = ["--dataset", "digits", "--in_chans", 3, "--num_workers", 0, "--batch_size", 512, "--warmup_epochs", 0]
 FLAGS += ["--epochs", 0]
+FEW = ["--dataset", "folder", "--batch_size", 16, "--data_path"]
 
 
 def shaken(model):
@@ -174,12 +175,11 @@ def test_pre_training_begins_with_the_features_of_the_library(source, fresh, tmp
 
 
 @pytest.mark.parametrize("source", ["mae", "dino", "timm hub", "hf vit"])
-def test_fine_tuning_begins_with_them_too(source, tmp_path, capsys):
+def test_fine_tuning_begins_with_them_too(source, pictures, tmp_path, capsys):
     path, _ = SOURCES[source](tmp_path)
-    flags = [*FLAGS, "--model", "vit_mini_patch4", "--output_dir", tmp_path / "run", "--finetune", path, "--cls_token"]
-    main_finetune.main(
-        [str(flag) for flag in [*flags, "--epochs", 1, "--lr", 0, "--min_lr", 0, "--reprob", 0, "--aa", "null"]]
-    )
+    flags = [*FLAGS, *FEW, pictures, "--model", "vit_mini_patch4", "--output_dir", tmp_path / "run", "--cls_token"]
+    flags += ["--finetune", path, "--epochs", 1, "--lr", 0, "--min_lr", 0, "--reprob", 0, "--aa", "null"]
+    main_finetune.main([str(flag) for flag in flags])
     assert "the head starts anew: " in capsys.readouterr().out
     found, expected = checkpoint.load(tmp_path / "run" / checkpoint.LAST)["model"], foreign.read(path)["model"]
     encoder = [name for name in expected if not name.startswith("head.")]
@@ -198,10 +198,11 @@ def test_a_run_that_has_begun_needs_the_file_no_more(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["mae", "timm"])
-def test_the_position_table_is_resized_and_stays_fixed(source, tmp_path):
+def test_the_position_table_is_resized_and_stays_fixed(source, pictures, tmp_path):
     """Fixed or learned, for larger images it is resized as everywhere, and training does not move it."""
     path, _ = SOURCES[source](tmp_path)
-    ours = pretrain(tmp_path / "run", "--finetune", path, "--input_size", 24, 20, "--epochs", 1, "--lr", 1e-30)
+    more = [*FEW, pictures, "--finetune", path, "--input_size", 24, 20, "--epochs", 1, "--lr", 1e-30]
+    ours = pretrain(tmp_path / "run", *more)
     theirs = timm_vit(img_size=(24, 20))
     state = torch.load(path, weights_only=True)
     state = state.get("model", state)

@@ -342,9 +342,9 @@ def test_a_shape_that_a_file_does_not_tell_can_be_given(tmp_path, command, capsy
 
 
 @pytest.mark.parametrize("target", ["mae", "safetensors"])
-def test_a_probe_comes_back_whole(tmp_path, target):
-    flags = "--model vit_mini_patch4 --dataset digits --in_chans 1 --input_size 16 --num_workers 0 --warmup_epochs 0"
-    flags = [*flags.split(), "--epochs", "1", "--output_dir", str(tmp_path / "run")]
+def test_a_probe_comes_back_whole(pictures, tmp_path, target):
+    flags = "--model vit_mini_patch4 --in_chans 1 --batch_size 16 --num_workers 0 --warmup_epochs 0 --epochs 1"
+    flags = [*flags.split(), "--data_path", str(pictures), "--output_dir", str(tmp_path / "run")]
     main_linprobe.main(flags)
     probe = tmp_path / "run" / checkpoint.LAST
     file = convert(probe, target, tmp_path / f"theirs.{'pth' if target == 'mae' else target}")

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 from faults import fill, injected
-from helpers import log_lines, run_main, write_pictures
+from helpers import log_lines, refusal, run_main, write_pictures
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
@@ -73,7 +73,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_points(pictures, whol
     assert {1, 24} <= {event.step for event in events.Scalars("train/loss")}
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_a_sentence_and_a_good_checkpoint(pictures, whole, disk):
+def test_a_disk_that_stays_full_ends_the_run_with_a_sentence_and_a_good_checkpoint(pictures, whole, disk, capsys):
     output, filler = disk / "run", disk / "filler"
     faults = [{"kind": "fill", "forward": 8, "path": str(filler)}]
     with pytest.MonkeyPatch.context() as patch:
@@ -85,9 +85,8 @@ def test_a_disk_that_stays_full_ends_the_run_with_a_sentence_and_a_good_checkpoi
     assert "the last checkpoint could not be written" in last
     assert "Traceback" not in result.stderr
     assert checkpoint.find_own(output)[1]["epoch"] == 0
-    again = run_main("main_pretrain.py", *flags(pictures, output))
-    assert again.returncode == 2
-    assert "cannot be written (No space left on device)" in again.stderr.strip().splitlines()[-1]
+    said = refusal(main_pretrain.main, flags(pictures, output), capsys)
+    assert "cannot be written (No space left on device)" in said
     filler.unlink()
     main_pretrain.main(flags(pictures, output))
     assert lines(output) == lines(whole)

@@ -12,7 +12,7 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, environment, log_lines, refusal, run_main, write_pictures
+from helpers import ROOT, environment, log_lines, refusal, write_pictures
 from runs import flags, pretrain
 
 import main_finetune
@@ -66,8 +66,9 @@ def test_a_launcher_of_mae_submits_the_same_job(command, tmp_path, capsys, monke
 
 def test_the_number_of_a_job_in_the_name_of_its_folder(tmp_path):
     """As submitit runs the job: pickled here, called there."""
-    flags = ["--dataset", "digits", "--epochs", "0", "--num_workers", "0", "--model", "mae_vit_mini_patch4"]
-    flags += ["--in_chans", "1", "--device", "cpu", "--output_dir", str(tmp_path / "%j")]
+    flags = ["--data_path", str(write_pictures(tmp_path / "pictures")), "--batch_size", "4", "--epochs", "0"]
+    flags += ["--num_workers", "0", "--device", "cpu", "--model", "mae_vit_mini_patch4"]
+    flags += ["--output_dir", str(tmp_path / "%j")]
     (tmp_path / "job.pkl").write_bytes(pickle.dumps(submitit_launch.Job("pretrain", flags)))
     code = f"import pickle; pickle.load(open({str(tmp_path / 'job.pkl')!r}, 'rb'))()"
     job = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1"}
@@ -102,19 +103,6 @@ def test_flags_of_maes_mains_are_taken(command):
     assert settings.model in command
 
 
-def test_the_launcher_of_older_torch(tmp_path):
-    """It passes --local-rank on, besides the environment."""
-    command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node=2", "--master_port=29517"]
-    flags = ["--config", ROOT / "configs/linprobe/digits.yaml", "--epochs", "1", "--num_workers", "0"]
-    command += [ROOT / "main_linprobe.py", *flags, "--output_dir", tmp_path / "o"]
-    result = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=300, env=environment(), cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    assert log_lines(tmp_path / "o")[0]["test_images"] == 359
-    assert "processes: 2" in (tmp_path / "o" / "config.yaml").read_text()
-
-
 def test_a_rank_that_no_launcher_gave_is_refused(tmp_path, capsys, monkeypatch):
     flags = ["--dataset", "digits", "--output_dir", tmp_path / "o"]
     assert "start the script with torchrun" in refusal(main_pretrain.main, [*flags, "--local-rank=0"], capsys)
@@ -122,20 +110,19 @@ def test_a_rank_that_no_launcher_gave_is_refused(tmp_path, capsys, monkeypatch):
     assert "start the script with torchrun" in refusal(main_pretrain.main, [*flags, "--local-rank=1"], capsys)
 
 
-def test_what_scripts_look_for_in_the_output_and_the_log(tmp_path):
-    pictures = write_pictures(tmp_path / "pictures")
+def test_what_scripts_look_for_in_the_output_and_the_log(tmp_path, capsys):
+    pictures, output = write_pictures(tmp_path / "pictures"), tmp_path / "o"
     flags = ["--model", "vit_mini_patch4", "--data_path", pictures, "--batch_size", 4, "--num_workers", 0]
-    result = run_main("main_finetune.py", *flags, "--epochs", 1, "--warmup_epochs", 0, "--output_dir", tmp_path / "o")
-    assert result.returncode == 0, result.stderr
-    (line,) = log_lines(tmp_path / "o")
-    assert line["n_parameters"] == sum(
-        p.numel() for p in checkpoint.load(tmp_path / "o" / checkpoint.LAST)["model"].values()
-    )
-    evaluation = run_main("main_finetune.py", *flags, "--eval", "--resume", tmp_path / "o" / checkpoint.LAST)
-    for output in (result.stdout, evaluation.stdout):
-        (found,) = re.findall(r"^\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3})$", output, re.MULTILINE)
+    training = ["--epochs", 1, "--warmup_epochs", 0, "--output_dir", output]
+    for more in (training, ["--eval", "--resume", output / checkpoint.LAST]):
+        main_finetune.main([str(flag) for flag in [*flags, *more]])
+        said = capsys.readouterr().out
+        (line,) = log_lines(output)
+        (found,) = re.findall(r"^\* Acc@1 (\d+\.\d{3}) Acc@5 (\d+\.\d{3}) loss (\d+\.\d{3})$", said, re.MULTILINE)
         expected = [line[f"test_{name}"] for name in ("acc1", "acc5", "loss")]
         assert [float(value) for value in found] == pytest.approx(expected, abs=6e-4)
+    model = checkpoint.load(output / checkpoint.LAST)["model"]
+    assert line["n_parameters"] == sum(parameter.numel() for parameter in model.values())
 
 
 def test_continuing_a_file_of_maes_tells_only_what_has_changed(tmp_path, capsys):

@@ -27,14 +27,14 @@ def pictures(tmp_path_factory):
 
 
 def pretrain(pictures, output, *more):
-    flags = ["--data_path", pictures, "--model", "mae_vit_tiny_patch4", "--input_size", 16, "--patch_size", 4]
+    flags = ["--data_path", pictures, "--model", "mae_vit_mini_patch4", "--input_size", 16, "--patch_size", 4]
     flags += ["--batch_size", 6, "--warmup_epochs", 0, "--num_workers", 0, "--epochs", 1, "--output_dir", output]
     main_pretrain.main([str(flag) for flag in (*flags, *more)])
     return log_lines(output) if (output / "log.txt").exists() else []
 
 
 def supervised(main, pictures, output, *more):
-    flags = ["--data_path", pictures, "--model", "vit_tiny_patch4", "--input_size", 16, "--patch_size", 4]
+    flags = ["--data_path", pictures, "--model", "vit_mini_patch4", "--input_size", 16, "--patch_size", 4]
     flags += ["--batch_size", 6, "--warmup_epochs", 0, "--num_workers", 0, "--epochs", 1, "--output_dir", output]
     main.main([str(flag) for flag in (*flags, *more)])
     return log_lines(output) if (output / "log.txt").exists() else []
@@ -53,7 +53,7 @@ def test_pretraining_runs_two_steps_on_jpegs(pictures, tmp_path, strategy):
     assert {"model", "optimizer", "scaler", "epoch", "step", "args"} <= content.keys()
     assert (content["epoch"], content["step"]) == (0, 2)
     assert content["args"]["masking"] == strategy
-    assert content["model"]["pos_embed"].shape == (1, 17, 192)
+    assert content["model"]["pos_embed"].shape == (1, 17, 96)
 
 
 def test_tensorboard_holds_the_promised_curves(pictures, tmp_path):
@@ -172,7 +172,7 @@ def test_flags_of_the_optimizer_count_when_a_run_continues(pictures, tmp_path):
     supervised(main_finetune, pictures, tmp_path, "--layer_decay", 0.5, "--weight_decay", 0.9, "--epochs", 2)
     groups = checkpoint.load(tmp_path / "checkpoint-last.pth")["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.9}
-    assert min(group["lr_scale"] for group in groups) == pytest.approx(0.5**13)
+    assert min(group["lr_scale"] for group in groups) == pytest.approx(0.5**5)
 
 
 def test_resume_comes_before_finetune_even_with_the_same_file(pictures, tmp_path):
@@ -210,7 +210,7 @@ def test_the_probe_changes_nothing_but_its_head(pictures, tmp_path):
     supervised(main_linprobe, pictures, tmp_path / "task", *more)
     end = checkpoint.load(tmp_path / "task" / "checkpoint-last.pth")["model"]
     shared = [name for name in end if name in start]
-    assert len(shared) > 100
+    assert len(shared) > 50
     assert all(torch.equal(start[name], end[name]) for name in shared)
     assert end["head.1.weight"].abs().max() > 0
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from faults import injected
-from helpers import ROOT, environment, log_lines, run_main, tiny_mae, write_pictures
+from helpers import log_lines, tiny_mae, write_pictures
+from runs import torchrun
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
@@ -26,6 +24,7 @@ from util.training import checkpoint
 from util.training.log import RunLog
 
 DIGITS = ["--config", "configs/pretrain/digits.yaml", "--model", "mae_vit_mini_patch4", "--num_workers", 0]
+TWO = ["--masking", "sbam_amr", "--batch_size", 2, "--eval_every", 1, "--dist_timeout", 120]
 
 
 def pretrain(output, *more):
@@ -34,41 +33,54 @@ def pretrain(output, *more):
     return log_lines(output), checkpoint.load(output / "checkpoint-last.pth")["model"]
 
 
-def test_monitors_change_nothing_and_report(tmp_path):
-    lines, state = pretrain(tmp_path / "without")
-    watched, watched_state = pretrain(tmp_path / "with", "--eval_every", 1, "--vis_every", 2)
-    for line, other in zip(lines, watched, strict=True):
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A run on the digits with monitors: its folder, its epochs and weights."""
+    folder = tmp_path_factory.mktemp("watched")
+    return folder, *pretrain(folder, "--eval_every", 1, "--vis_every", 2)
+
+
+@pytest.fixture(scope="module")
+def watched_by_two(pictures, tmp_path_factory):
+    """The folder of a run on two processes, with monitors."""
+    folder = tmp_path_factory.mktemp("two")
+    result = torchrun(pictures, folder, [], *TWO, "--vis_every", 2)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_monitors_change_nothing_and_report(watched, tmp_path):
+    lines, state = pretrain(tmp_path)
+    folder, others, watched_state = watched
+    for line, other in zip(lines, others, strict=True):
         timed = {"train_data_wait"}
         assert {name: line[name] for name in line.keys() - timed} == {
             name: other[name] for name in other.keys() - timed if not name.startswith("monitor_")
         }
     assert all(torch.equal(state[name], watched_state[name]) for name in state)
-    last = watched[-1]
+    last = others[-1]
     assert 20 < last["monitor_knn"] < 100
     assert 1 <= last["monitor_rank_me"] <= 96
     assert 0.6 <= last["monitor_mask_ratio"] <= 0.9
     assert sum(last["monitor_mask_ratio_histogram"]) == 359
     assert 0 < last["monitor_salience_entropy"] <= 1
-    tags = EventAccumulator(str(tmp_path / "with")).Reload().Tags()
+    tags = EventAccumulator(str(folder)).Reload().Tags()
     assert {"monitor/knn", "monitor/rank_me", "monitor/salient_share"} <= set(tags["scalars"])
     assert {"monitor/masks", "monitor/encoder"} <= set(tags["images"])
     assert "monitor/mask_ratio" in tags["histograms"]
 
 
-def test_monitors_on_two_processes(tmp_path):
-    more = ["--epochs", 2, "--warmup_epochs", 0, "--batch_size", 128, "--effective_batch_size", 256]
-    flags = [*DIGITS, *more, "--eval_every", 1, "--vis_every", 1, "--output_dir", tmp_path, "--dist_timeout", 120]
-    result = run_main("main_pretrain.py", *flags, processes=2)
-    assert result.returncode == 0, result.stderr
-    lines = log_lines(tmp_path)
-    opened = checkpoints.open_checkpoint(tmp_path / checkpoint.LAST)
+def test_monitors_find_what_evaluate_does_also_on_two_processes(watched, watched_by_two):
     metrics = ("knn", "rank_me", "salience")
-    expected = measure.measure(opened, metrics, train_images=monitor.TRAIN_IMAGES, val_images=monitor.VAL_IMAGES)
-    assert {"knn", "rank_me", "salient_share", "salience_entropy", "mask_ratio"} <= expected.keys()
-    for name in expected.keys() - {"train_images", "val_images"}:
-        assert lines[1][f"monitor_{name}"] == pytest.approx(expected[name], rel=1e-4), name
-    assert lines[0]["monitor_rank_me"] != lines[1]["monitor_rank_me"]
-    assert len(list(tmp_path.glob("events*"))) == 1
+    for folder in (watched[0], watched_by_two):
+        opened = checkpoints.open_checkpoint(folder / checkpoint.LAST)
+        expected = measure.measure(opened, metrics, train_images=monitor.TRAIN_IMAGES, val_images=monitor.VAL_IMAGES)
+        assert {"knn", "rank_me", "salient_share", "salience_entropy", "mask_ratio"} <= expected.keys()
+        first, last = log_lines(folder)
+        for name in expected.keys() - {"train_images", "val_images"}:
+            assert last[f"monitor_{name}"] == pytest.approx(expected[name], rel=1e-4), name
+        assert first["monitor_rank_me"] != last["monitor_rank_me"]
+        assert len(list(folder.glob("events*"))) == 1
 
 
 def assert_same_run(one, other):
@@ -82,35 +94,27 @@ def assert_same_run(one, other):
 
 
 @pytest.mark.parametrize("look", [0, 3], ids=["first", "last"])  # two takings of features each
-def test_a_signal_ends_a_look_and_the_run_continues_with_it(tmp_path, look):
-    whole = pretrain(tmp_path / "whole", "--eval_every", 1)
+def test_a_signal_ends_a_look_and_the_run_continues_with_it(watched, tmp_path, look):
     start = time.perf_counter()
     with injected([{"kind": "SIGTERM", "look": look}]), pytest.raises(SystemExit) as stop:
-        pretrain(tmp_path / "parts", "--eval_every", 1)
+        pretrain(tmp_path, "--eval_every", 1)
     assert stop.value.code == signals.PREEMPTED
     assert time.perf_counter() - start < 30
-    saved = checkpoint.load(tmp_path / "parts" / checkpoint.LAST)
+    saved = checkpoint.load(tmp_path / checkpoint.LAST)
     assert saved["step"] == (look // 2 + 1) * saved["steps_per_epoch"]
-    assert_same_run(whole, pretrain(tmp_path / "parts", "--eval_every", 1))
+    assert_same_run(watched[1:], pretrain(tmp_path, "--eval_every", 1))
 
 
-@pytest.mark.parametrize(("kind", "processes"), [("SIGKILL", 2), ("SIGTERM", 2)])
-def test_a_run_killed_in_a_look_loses_no_epoch(tmp_path, kind, processes):
-    size = ["--batch_size", 256 // processes, "--effective_batch_size", 256, "--dist_timeout", 120]
-    flags = [*DIGITS, "--epochs", 2, "--warmup_epochs", 0, *size, "--eval_every", 1]
-    outputs = {}
-    for name, faults in (("whole", []), ("parts", [{"kind": kind, "look": 2}]), ("parts", [])):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [*(command if processes > 1 else command[:1]), ROOT / "tests" / "faults.py", *flags]
-        command += ["--output_dir", tmp_path / name]
-        variables = environment(FAULTS=json.dumps(faults))
-        result = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300, env=variables)
+def test_a_run_on_two_processes_killed_in_a_look_loses_no_epoch(watched_by_two, pictures, tmp_path):
+    """Killed in the look after the second epoch, then asked to stop in the same look, which it has begun again."""
+    for faults in ([{"kind": "SIGKILL", "look": 2}], [{"kind": "SIGTERM", "look": 0}], []):
+        result = torchrun(pictures, tmp_path, faults, *TWO)
         assert (result.returncode == 0) == (not faults), result.stderr
-        saved = checkpoint.load(tmp_path / name / checkpoint.LAST)
+        saved, lines = checkpoint.load(tmp_path / checkpoint.LAST), log_lines(tmp_path)
         assert saved["step"] == 2 * saved["steps_per_epoch"]
-        outputs[name] = log_lines(tmp_path / name), saved["model"]
-        assert len(outputs[name][0]) == (1 if faults else 2)
-    assert_same_run(outputs["whole"], outputs["parts"])
+        assert len(lines) == (1 if faults else 2)
+    whole = checkpoint.load(watched_by_two / checkpoint.LAST)["model"]
+    assert_same_run((log_lines(watched_by_two), whole), (lines, saved["model"]))
 
 
 def watcher(settings, said=None):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -94,6 +95,8 @@ def test_a_bank_continues_bit_for_bit(pictures, encoder, tmp_path, optimizer):
 
 
 def test_two_processes_train_the_same_heads(pictures, encoder, tmp_path):
+    pictures = shutil.copytree(pictures, tmp_path / "pictures")
+    (pictures / "val" / "class2" / "0.jpg").unlink()  # the two evaluate 9 and 8 of 17
     probe(pictures, encoder, tmp_path / "one", *IBOT, "--blrs", *RATES)
     given = ["--data_path", pictures, "--model", "vit_mini_patch4", "--finetune", encoder, "--epochs", 3, *IBOT]
     given += ["--batch_size", 4, "--num_workers", 0, "--output_dir", tmp_path / "two", "--blrs", *RATES]
@@ -102,6 +105,7 @@ def test_two_processes_train_the_same_heads(pictures, encoder, tmp_path):
     one, two = (checkpoint.load(tmp_path / name / checkpoint.LAST)["model"] for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
     for ours, theirs in zip(log_lines(tmp_path / "one"), log_lines(tmp_path / "two"), strict=True):
+        assert theirs["test_images"] == 17
         same = [name for name in ours if name.startswith(("test_", "train_loss"))]
         assert [ours[name] for name in same] == pytest.approx([theirs[name] for name in same], rel=1e-4)
 

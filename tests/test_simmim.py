@@ -228,11 +228,9 @@ def test_a_classifier_computes_what_the_encoder_does(trained, input_size):
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe])
 def test_fine_tuning_and_probing(trained, tmp_path, main):
     labelled = write_pictures(tmp_path / "labelled", classes=2, per_class=6)
-    (tmp_path / "labelled" / "val").mkdir(exist_ok=True)
-    arguments = ["--dataset", "digits", "--model", "simmim_vit_mini_patch4", "--finetune", trained, "--epochs", 1]
-    arguments += ["--warmup_epochs", 0, "--batch_size", 128, "--num_workers", 0, "--output_dir", tmp_path / "out"]
+    arguments = ["--data_path", labelled, "--model", "simmim_vit_mini_patch4", "--finetune", trained, "--epochs", 1]
+    arguments += ["--warmup_epochs", 0, "--batch_size", 4, "--num_workers", 0, "--output_dir", tmp_path / "out"]
     main.main([str(argument) for argument in [*arguments, "--global_pool"]])
-    assert labelled
     (line,) = log_lines(tmp_path / "out")
     assert np.isfinite(line["train_loss"])
 

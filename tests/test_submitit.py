@@ -13,19 +13,16 @@ from helpers import ROOT, environment, log_lines
 import submitit_launch
 from util.distributed import signals, slurm
 
-TASK = ["--config", str(ROOT / "configs/linprobe/digits.yaml"), "--epochs", "1", "--num_workers", "0"]
-
-
 TEXTS = ("job_name", *submitit_launch.SLURM_FLAGS)
 
 
-def test_a_local_job_of_two_processes(tmp_path):
-    flags = ["linprobe", "--cluster", "local", "--ngpus", "2", "--job_dir", tmp_path / "job"]
-    command = [sys.executable, ROOT / "submitit_launch.py", *flags, *TASK]
+def test_a_local_job(pictures, tmp_path):
+    flags = ["linprobe", "--cluster", "local", "--ngpus", "1", "--job_dir", tmp_path / "job", "--epochs", "1"]
+    flags += ["--data_path", pictures, "--model", "vit_mini_patch4", "--batch_size", "4", "--num_workers", "0"]
+    command = [sys.executable, ROOT / "submitit_launch.py", *flags]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment())
     assert result.returncode == 0, result.stderr
-    assert log_lines(tmp_path / "job")[0]["test_images"] == 359
-    assert "processes: 2" in (tmp_path / "job" / "config.yaml").read_text()
+    assert log_lines(tmp_path / "job")[0]["test_images"] == 26
 
 
 def test_the_files_own_output_dir_comes_before_the_job_dir(tmp_path, capsys):
@@ -33,7 +30,11 @@ def test_the_files_own_output_dir_comes_before_the_job_dir(tmp_path, capsys):
     config.write_text((ROOT / "configs/pretrain/digits.yaml").read_text() + f"output_dir: {tmp_path / 'own'}\n")
     flags = ["--cluster", "local", "--ngpus", "1", "--job_dir", str(tmp_path / "job"), "--dry_run"]
     submitit_launch.main(["pretrain", *flags, "--config", str(config)])
-    assert capsys.readouterr().out == f"{sys.executable} {ROOT / 'main_pretrain.py'} --config {config}\n"
+    command = f"{ROOT / 'main_pretrain.py'} --config {config}\n"
+    assert capsys.readouterr().out == f"{sys.executable} {command}"
+    submitit_launch.main(["pretrain", *flags, "--ngpus", "2", "--config", str(config)])
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2"
+    assert capsys.readouterr().out == f"{sys.executable} {torchrun} {command}"
     submitit_launch.main(["pretrain", *flags, "--dataset", "digits"])
     assert capsys.readouterr().out.endswith(f"--dataset digits --output_dir {tmp_path / 'job'}\n")
 

@@ -15,20 +15,20 @@ from methods import Method
 from util import optim
 from util.training import checkpoint, training_state
 
-FLAGS = "--dataset digits --in_chans 1 --input_size 16 --batch_size 512 --epochs 1 --warmup_epochs 0 --num_workers 0"
+FLAGS = "--in_chans 1 --input_size 16 --batch_size 16 --epochs 1 --warmup_epochs 0 --num_workers 0 --data_path"
 MODELS = {main_pretrain: "mae_vit_mini_patch4", main_finetune: "vit_mini_patch4", main_linprobe: "vit_mini_patch4"}
 
 
-def flags(main, output, *more) -> list:
+def flags(main, pictures, output, *more) -> list:
     own = ["--aa", "null", "--reprob", 0] if main is main_finetune else []
-    return [*FLAGS.split(), "--model", MODELS[main], "--output_dir", output, *own, *more]
+    return [*FLAGS.split(), pictures, "--model", MODELS[main], "--output_dir", output, *own, *more]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda main: main.__name__)
-def finished(request, tmp_path_factory):
+def finished(request, pictures, tmp_path_factory):
     """A task, and the checkpoint of one epoch of it."""
     folder = tmp_path_factory.mktemp("run")
-    request.param.main([str(flag) for flag in flags(request.param, folder)])
+    request.param.main([str(flag) for flag in flags(request.param, pictures, folder)])
     return request.param, checkpoint.load(folder / checkpoint.LAST)
 
 
@@ -110,39 +110,39 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_is_broken_is_one_sentence_with_the_file_s_name(finished, tmp_path, capsys, case):
+def test_what_is_broken_is_one_sentence_with_the_file_s_name(finished, pictures, tmp_path, capsys, case):
     main, content = finished
     change, message = BROKEN[case]
     content = copy.deepcopy(content)
     change(content)
     torch.save(content, tmp_path / "broken.pth")
-    arguments = flags(main, tmp_path / "run", "--resume", tmp_path / "broken.pth", "--epochs", 2)
+    arguments = flags(main, pictures, tmp_path / "run", "--resume", tmp_path / "broken.pth", "--epochs", 2)
     said = refusal(main.main, arguments, capsys)
     assert "broken.pth: " in said
     assert message in said
 
 
-def test_a_whole_one_continues(finished, tmp_path):
+def test_a_whole_one_continues(finished, pictures, tmp_path):
     main, content = finished
     checkpoint.save(tmp_path / "whole.pth", content)
     more = ["--resume", tmp_path / "whole.pth", "--epochs", 2]
-    main.main([str(flag) for flag in flags(main, tmp_path / "run", *more)])
+    main.main([str(flag) for flag in flags(main, pictures, tmp_path / "run", *more)])
     assert checkpoint.load(tmp_path / "run" / checkpoint.LAST)["epoch"] == 1
 
 
-def test_side_state_that_is_none_of_this_method_s_is_refused(finished, tmp_path, capsys):
+def test_side_state_that_is_none_of_this_method_s_is_refused(finished, pictures, tmp_path, capsys):
     main, content = finished
     sides = [({"w": torch.ones(1)}, "w is not in the model"), ({"w": {"x": 1}}, "must be a dictionary of tensors")]
     for number, (side, message) in enumerate(sides):
         path = tmp_path / f"{number}.pth"
         checkpoint.save(path, content | {"method": side})
-        said = refusal(main.main, flags(main, tmp_path / "run", "--resume", path, "--epochs", 2), capsys)
+        said = refusal(main.main, flags(main, pictures, tmp_path / "run", "--resume", path, "--epochs", 2), capsys)
         assert message in said
 
 
-def test_an_untrained_model_continues(tmp_path):
+def test_an_untrained_model_continues(pictures, tmp_path):
     for epochs in (0, 1):
-        main_pretrain.main([str(flag) for flag in flags(main_pretrain, tmp_path, "--epochs", epochs)])
+        main_pretrain.main([str(flag) for flag in flags(main_pretrain, pictures, tmp_path, "--epochs", epochs)])
     assert checkpoint.load(tmp_path / checkpoint.LAST)["epoch"] == 0
 
 
