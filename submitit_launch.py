@@ -114,7 +114,7 @@ def submit(given: argparse.Namespace, job: Job, folder: Path) -> None:
         def affinity(cls) -> int:
             return 1  # a script can be printed where there is no SLURM
 
-    # The job may start where this file cannot be imported, which is by then no `__main__` if submitit_pretrain.py was.
+    # By value: the job may start where this file cannot be imported, and under submitit_pretrain.py it is not __main__.
     cloudpickle.register_pickle_by_value(sys.modules[Job.__module__])
     executor = Executor(folder)
     executor.update_parameters(**parameters(given))

@@ -117,7 +117,7 @@ def open_splits(arguments: argparse.Namespace) -> dict[str, ImageSet]:
     """Open the training and, if there are some, the validation images, of the same classes.
 
     Raises:
-        ValueError: there are no images, or validation has a class that training lacks.
+        ValueError: there are no images, or validation has no classes, or one that training lacks.
     """
     source, chans = (arguments.dataset, arguments.source), arguments.in_chans
     root = Path(arguments.source) if arguments.dataset == "folder" else None

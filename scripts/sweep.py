@@ -19,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,8 +150,9 @@ def do_step(step: trial.Step, ngpus: int, file: IO[str]) -> int:
     if ngpus > 1 and step.task != "evaluate":
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ngpus}"]
         launcher += [f"--shutdown-timeout={SAVING_S}", script]
-        with outliving():
-            return subprocess.run([*launcher, *step.argv], stdout=file, stderr=subprocess.STDOUT).returncode
+        with outliving() as asked:
+            status = subprocess.run([*launcher, *step.argv], stdout=file, stderr=subprocess.STDOUT).returncode
+        return signals.PREEMPTED if asked else status
     torch.set_float32_matmul_precision("highest")  # torch's default, which a training before it has changed
     main = runpy.run_path(script, run_name=step.task)["main"]
     with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
@@ -165,18 +167,16 @@ def do_step(step: trial.Step, ngpus: int, file: IO[str]) -> int:
 
 
 @contextlib.contextmanager
-def outliving() -> Iterator[None]:
-    """Stay, in the block, until torchrun has gone, which gets the signals of the group, too, and whose workers save."""
-
-    def ignore(number, frame) -> None:
-        """Do nothing. SIG_IGN would be inherited by workers that are still importing."""
-
+def outliving() -> Iterator[list[int]]:
+    """Collect SIGTERM and ignore SIGUSR2 in the block: torchrun, or its workers, get them too, and save first."""
+    asked: list[int] = []
     before = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, ignore),
+        # SIG_IGN would be inherited by workers that are still importing.
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number)),
         signal.SIGUSR2: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # torchrun, which does not know it, would die
     }
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -245,11 +245,12 @@ class ClusterJob:
 
     Attributes:
         command: the script's.
+        saving_s: how long the run may take to save once it is told to stop.
         process: in which it runs, once it does.
     """
 
-    def __init__(self, command: list[str]):
-        self.command = command
+    def __init__(self, command: list[str], saving_s: float):
+        self.command, self.saving_s = command, saving_s
 
     def __call__(self) -> int:
         """Return the exit status."""
@@ -263,21 +264,25 @@ class ClusterJob:
         """
         import submitit
 
-        # `wait` holds a lock in this very thread, which the signal has interrupted.
+        # `wait` holds a lock in this very thread, which the signal has interrupted. A run that is still importing has
+        # not heard it: the job must be queued again before SLURM ends it.
+        end, ended = time.monotonic() + self.saving_s, os.WEXITED | os.WNOWAIT | os.WNOHANG
         with contextlib.suppress(AttributeError, ChildProcessError):  # not begun, or over
-            os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(type(self)(self.command))
+            while os.waitid(os.P_PID, self.process.pid, ended) is None and time.monotonic() < end:
+                time.sleep(0.1)
+        return submitit.helpers.DelayedSubmission(type(self)(self.command, self.saving_s))
 
 
 def submit(runs: list[trial.SweepRun], given: argparse.Namespace, folder: Path) -> None:
     """Submit one job array; with `--parallel`, at most so many jobs at a time. ValueError: SLURM refuses it."""
     import submitit
 
+    warning_s = slurm.warning_seconds(given.timeout)
     executor = submitit.AutoExecutor(folder.resolve(), cluster="slurm", slurm_max_num_timeout=100_000)
     executor.update_parameters(
         name="sweep",
         timeout_min=given.timeout,
-        slurm_signal_delay_s=slurm.warning_seconds(given.timeout),
+        slurm_signal_delay_s=warning_s,
         cpus_per_task=given.cpus_per_task,
         gpus_per_node=given.ngpus,
         slurm_array_parallelism=given.parallel or len(runs),
@@ -285,7 +290,7 @@ def submit(runs: list[trial.SweepRun], given: argparse.Namespace, folder: Path) 
     )
     try:
         with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # submitit repeats there what it raises
-            jobs = [executor.submit(ClusterJob(command(given, run))) for run in runs]
+            jobs = [executor.submit(ClusterJob(command(given, run), 0.8 * warning_s)) for run in runs]
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(
             f"SLURM refuses the jobs: {str(error).strip().splitlines()[-1].removeprefix('sbatch: error: ')}"

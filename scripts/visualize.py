@@ -4,7 +4,7 @@
 scripts/visualize.py output/run/checkpoint-last.pth picture.jpg folder/ --output masks.png
 scripts/visualize.py --model mae_vit_base_patch16 picture.jpg         # an untrained model
 scripts/visualize.py output/digits/checkpoint-last.pth --dataset digits
-scripts/visualize.py output/run/checkpoint-last.pth picture.jpg --masking all   # every strategy there is
+scripts/visualize.py output/run/checkpoint-last.pth picture.jpg --masking all   # all that can be drawn
 scripts/visualize.py output/run/checkpoint-last.pth picture.jpg --columns attention,heads,pca   # the encoder
 """
 

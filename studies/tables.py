@@ -8,6 +8,8 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 from scipy import stats
 
+_LAST = ("checkpoint", "epoch")  # the last setting among the columns of a sweep's tables
+
 
 def read_csv(path: str | Path) -> pd.DataFrame:
     """Read a CSV file with a row for each result. ValueError: it cannot be read, or holds no result."""
@@ -53,7 +55,7 @@ def joined(table: pd.DataFrame, columns: list[str]) -> tuple[pd.DataFrame, str]:
     if len(columns) == 1:
         return table, columns[0]
     cells = table[columns].astype("object").where(table[columns].notna(), "").astype(str)
-    table = table.drop(columns=columns)
+    table = table.drop(columns=[name for name in columns if name not in _LAST])
     table.insert(0, ", ".join(columns), cells.agg(" ".join, axis=1).str.split().str.join(" "))
     return table, ", ".join(columns)
 
@@ -131,7 +133,7 @@ def _check_only_seeds_differ(rows: pd.DataFrame, keys: list[str], metric: str) -
 
 def _settings(table: pd.DataFrame) -> list[str]:
     """Return a sweep's settings: the columns up to `checkpoint` or `epoch`; none in a table that has neither."""
-    last = next((table.columns.get_loc(name) for name in ("checkpoint", "epoch") if name in table), -1)
+    last = next((table.columns.get_loc(name) for name in _LAST if name in table), -1)
     return list(table.columns[: last + 1])
 
 

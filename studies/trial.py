@@ -166,7 +166,8 @@ class SweepRun:
         """Return one row for each epoch of the pre-training so far: the point, the epoch, what log.txt says."""
         point = {name: text_of(value) for name, value in self.point.items()}
         lines = _mappings(self.steps[0].folder / "log.txt", "\n")
-        return [point | {"epoch": line["epoch"]} | _numbers(line) for line in lines if type(line.get("epoch")) is int]
+        numbers = ({name: value for name, value in line.items() if type(value) in (int, float)} for line in lines)
+        return [point | {"epoch": line.pop("epoch")} | line for line in numbers if type(line.get("epoch")) is int]
 
 
 def parsed(what: str, parse: Callable, *arguments: Any) -> Any:

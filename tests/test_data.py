@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import sys
 import tarfile
 
 import data_files
@@ -20,7 +21,7 @@ from torchvision.transforms import functional as F
 import main_finetune
 import main_pretrain
 from util.config import FinetuneSettings
-from util.data import datasets, decode, resize, tar_shards, transforms
+from util.data import datasets, decode, resize, sources, tar_shards, transforms
 from util.data.crop import SingleDrawResizedCrop
 from util.data.datasets import SeededImages
 
@@ -143,6 +144,13 @@ def test_a_loader_s_first_file_may_be_bad(tmp_path):
     np.save(tmp_path / "1.npy", np.zeros((4, 4, 2), dtype=np.float32))
     images = datasets.open_unlabelled("folder", str(tmp_path), 2, "util.loaders:npy")
     assert (len(images), images.dtype) == (2, np.float32)
+
+
+def test_a_loader_may_lie_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "lies_here.py").write_text("def read(path): ...\n")
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    monkeypatch.chdir(tmp_path)
+    assert sources.import_loader("lies_here:read").__module__ == "lies_here"
 
 
 def test_a_loader_with_a_mistake_in_it_is_named(tmp_path, folder, monkeypatch):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import data_files
 import numpy as np
@@ -256,6 +258,18 @@ def test_an_index_older_than_its_shard_or_of_an_earlier_format_is_made_anew(tmp_
         os.utime(index, ns=(second, second))
         assert opened(tmp_path) == ([b"b"], [5])
         assert index.read_text().startswith("tar-index-3")
+
+
+def test_an_index_that_cannot_be_kept_leaves_nothing(tmp_path, monkeypatch):
+    data_files.write_tar(tmp_path / "train-0.tar", {"a.jpg": b"a", "a.cls": b"0"})
+
+    def full(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        assert opened(tmp_path) == ([b"a"], [0])
+    assert [path.name for path in tmp_path.iterdir()] == ["train-0.tar"]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_a_killed_launcher_a_killed_worker_and_nan_on_one_rank_change_nothing(pi
     """
     more = ["--masking", "sbam_amr", "--batch_size", 2]
     nan = {"kind": "nan", "forward": 1, "rank": 1}
-    # Loader workers ignore SIGTERM while their process trains, which Python sends them, and waits, when it ends.
+    # Python sends SIGTERM to loader workers when it ends, and waits; they ignore it while their process trains.
     whole = torchrun(pictures, tmp_path / "whole", [nan], *more, "--num_workers", 2)
     assert whole.returncode == 0, whole.stderr
     orphan = {"kind": "orphan", "forward": 5, "rank": 1}
@@ -105,7 +105,10 @@ def test_the_number_of_processes_may_change(pictures, tmp_path):
 
 
 def test_a_process_that_stands_still_is_named(pictures, tmp_path):
-    """And killed by the other: torchrun need not wait 30 seconds for it to obey SIGTERM. Below rank 0 names another."""
+    """And killed by the other: torchrun need not wait 30 seconds for it to obey SIGTERM.
+
+    In the next test rank 0 names another.
+    """
     faults = [{"kind": "SIGSTOP", "forward": 2, "rank": 0, "once": str(tmp_path / "struck")}]
     result = torchrun(pictures, tmp_path, faults, "--batch_size", 2, "--dist_timeout", 10)
     assert result.returncode != 0
@@ -132,3 +135,4 @@ def test_one_that_is_late_is_not_taken_for_one_that_stands_still(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
     assert result.returncode != 0
     assert "rank 0 could not reach all other processes within --dist_timeout: rank 2 did not answer (" in result.stderr
+    assert "forcefully exiting" not in result.stderr

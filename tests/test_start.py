@@ -79,6 +79,7 @@ def test_commands_that_waited_find_what_the_first_left(pictures, tmp_path, start
     more, output = ["--effective_batch_size", 4], tmp_path / "parts"
     first = stop_itself(start, pictures, output, *more)
     second = start(pictures, output, [], *more, "--batch_size", 2, processes=2)
+    wait_for_waiting([second], output, first)  # so that the third, which waits a minute, comes last
     third = start(pictures, output, [], "--input_size", 8)
     wait_for_waiting([second, third], output, first)
     first.send_signal(signal.SIGTERM)

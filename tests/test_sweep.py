@@ -272,7 +272,7 @@ def test_a_cluster_job_runs_its_command_in_a_process_of_submitit(tmp_path):
     job = runpy.run_path(str(ROOT / "scripts/sweep.py"), run_name="sweep")["ClusterJob"]
     executor = submitit.LocalExecutor(tmp_path)
     executor.update_parameters(timeout_min=5)
-    done = executor.submit(job(["sh", "-c", f"touch {tmp_path}/ran; exit 3"]))
+    done = executor.submit(job(["sh", "-c", f"touch {tmp_path}/ran; exit 3"], 30))
     assert done.result() == 3
     assert (tmp_path / "ran").exists()
 
@@ -293,7 +293,8 @@ def test_a_cluster_job_that_is_warned_waits_until_its_run_has_saved(tmp_path, mo
     """submitit leaves by SystemExit in the handler of the signal, which the run gets, too."""
     pytest.importorskip("submitit")
     monkeypatch.chdir(tmp_path)
-    job = runpy.run_path(str(ROOT / "scripts/sweep.py"), run_name="sweep")["ClusterJob"]([sys.executable, "-c", SAVING])
+    job = runpy.run_path(str(ROOT / "scripts/sweep.py"), run_name="sweep")["ClusterJob"]
+    job = job([sys.executable, "-c", SAVING], 30)
     again = []
 
     def warned(number, frame):
@@ -308,22 +309,23 @@ def test_a_cluster_job_that_is_warned_waits_until_its_run_has_saved(tmp_path, mo
 
     before = signal.signal(signal.SIGUSR2, warned)
     try:
-        threading.Thread(target=warn).start()
+        threading.Thread(target=warn, daemon=True).start()
         with pytest.raises(SystemExit):
             job()
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert (tmp_path / "saved").exists()
-    assert vars(again[0]) == {"command": job.command}
+    assert vars(again[0]) == {"command": job.command, "saving_s": 30}
 
 
 def test_who_waits_for_torchrun_outlives_the_signals_that_it_gets():
     outliving = runpy.run_path(str(ROOT / "scripts/sweep.py"), run_name="sweep")["outliving"]
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)]
-    with outliving():
+    with outliving() as asked:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR2)
         # A process that it starts has the usual handler, or a worker that imports could not be stopped.
         shown = "import signal; print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
         assert subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True).stdout == "True\n"
+    assert asked == [signal.SIGTERM]
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)] == before

@@ -59,7 +59,7 @@ def test_a_reader_that_goes_away_ends_no_sweep(tmp_path):
 
 
 def test_letters_that_the_encoding_lacks_are_escaped(noisy, tmp_path):
-    result = train(noisy, tmp_path, "", PYTHONIOENCODING="ascii")
+    result = train(noisy, tmp_path, "", workers=1, PYTHONIOENCODING="ascii")
     assert result.returncode == 0, result.stderr
     assert "\\u2603\\u2603" in result.stdout
     assert "bad picture: " in result.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 
 import pytest
@@ -133,9 +134,11 @@ def test_a_whole_one_continues(finished, pictures, tmp_path):
 def test_side_state_that_is_none_of_this_method_s_is_refused(finished, pictures, tmp_path, capsys):
     main, content = finished
     sides = [({"w": torch.ones(1)}, "w is not in the model"), ({"w": {"x": 1}}, "must be a dictionary of tensors")]
+    sides.append(({"w": torch.ones(1)}, "trained with --method mae, whose state is not"))
     for number, (side, message) in enumerate(sides):
         path = tmp_path / f"{number}.pth"
-        checkpoint.save(path, content | {"method": side})
+        args = argparse.Namespace(**content["args"]) if number == 2 else content["args"]  # as in a file of MAE's
+        checkpoint.save(path, content | {"method": side, "args": args})
         said = refusal(main.main, flags(main, pictures, tmp_path / "run", "--resume", path, "--epochs", 2), capsys)
         assert message in said
 
