@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 import engine_pretrain
@@ -53,12 +54,17 @@ def train(context: Context, inputs: Inputs) -> None:
     method.normalize.to(context.device)
     if settings.compile:
         method.compile_parts()
-    loader = context.step_loader(inputs.images, method.views)
+    loader = context.step_loader(inputs.images, method.views, joins=method.accumulates)
     optimizer = optim.pretrain_adamw(method.parameter_groups(settings.weight_decay), context.device, method.betas)
     state = TrainingState(context, method, optimizer, loader)
     state.restore()
     with cli.exit_on_user_error():
         method.begin(state.start_epoch, len(inputs.images), context.amp)
+    if method.maps is not None and not any(map(method.maps.due, range(settings.epochs))):
+        context.log.say(
+            f"no attention maps will be made: the first are due after epoch {method.maps.every} and used in the next, "
+            f"of {settings.epochs} epochs; lower refresh_epochs"
+        )
     forward = world.wrap(method, context.device, loader.plan.accumulates)
     update = GradientStep(forward, optimizer, state.scaler, settings.clip_grad, method.clip_each)
     job = Job(context, state, method.shown)
@@ -85,7 +91,12 @@ def check(settings: PretrainSettings) -> Inputs:
     with torch.device("meta"):
         method = methods.from_settings(settings)
     images = datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans, settings.loader)
-    step_plan(settings, len(images))
+    step_plan(settings, len(images), joins=method.accumulates)
+    if method.changes_colours and images.dtype not in (None, np.uint8):
+        raise ValueError(
+            f"--method {settings.method}: changes the colours of 8-bit images, and those of {settings.data_path} are "
+            f"{images.dtype}; convert them, or choose another method"
+        )
     return Inputs(images, method)
 
 
@@ -99,7 +110,8 @@ def find_start(settings: PretrainSettings, inputs: Inputs) -> dict | None:
     if own is not None or settings.resume:
         path, content = own or (settings.resume, checkpoint.load(settings.resume))
         inputs.notes = follow(settings, content, path)
-        return resume.check(path, content, model, step_plan(settings, len(inputs.images)), inputs.images)
+        plan = step_plan(settings, len(inputs.images), joins=inputs.method.accumulates)
+        return resume.check(path, content, model, plan, inputs.images)
     content = foreign.read(settings.finetune) if settings.finetune else None
     inputs.notes = follow(settings, content, settings.finetune)
     if content is not None:

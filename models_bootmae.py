@@ -239,8 +239,9 @@ class BootMAEViT(MaskedModel):
     ) -> torch.Tensor:
         """Put encoded tokens, which get no position again, between mask tokens with positions: (N, L + 1, width)."""
         num_images, num_tokens = mask.mask.shape
-        x = (mask_token + positions).to(encoded.dtype).expand(num_images, -1, -1).flatten(0, 1)
-        return x.index_copy(0, mask.kept.slots, encoded.flatten(0, -2)).view(num_images, num_tokens + 1, -1)
+        x = (mask_token + positions).expand(num_images, -1, -1).flatten(0, 1)  # fp32, as every residual stream here
+        encoded = encoded.flatten(0, -2).to(x.dtype)
+        return x.index_copy(0, mask.kept.slots, encoded).view(num_images, num_tokens + 1, -1)
 
     def _decode(self, blocks: nn.ModuleList, x: torch.Tensor, memory: torch.Tensor, mask: Mask) -> torch.Tensor:
         for block in blocks:

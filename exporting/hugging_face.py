@@ -112,7 +112,8 @@ def write(found: Exportable, folder: Path, name: str = "", license: str = "unkno
         "image_std": list(std),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    whole = {name: value.contiguous() for name, value in state.items()}  # not so after --channels_last
+    save_file(whole, folder / "model.safetensors", {"format": "pt"})
     write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
     write_whole(folder / "preprocessor_config.json", json.dumps(processor, indent=2) + "\n")
     card = model_card.text(found, config["architectures"][0], name or folder.resolve().name, license)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from masking.base import Strategy, check_needs, check_number, needs
@@ -85,7 +86,7 @@ def check_ratios(means, deviations, ratio_per: str) -> tuple[tuple[float, ...], 
     return means, deviations
 
 
-def on_device(values: Sequence | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def on_device(values: Sequence | np.ndarray | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Put numbers on a device; the host does not wait."""
     tensor = torch.as_tensor(values, dtype=dtype)
     if tensor.device == device:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import masking
+from masking.replaced import on_device
 from util import files, precision
 from util.data.crop import Squash
 from util.distributed import world
@@ -50,7 +51,7 @@ class AttentionMaps:
             return torch.ones(len(index), *self.grid, device=device)
         if self._open[0] != made_after:
             self._open = made_after, self.find(made_after)
-        return torch.from_numpy(self._open[1][index.numpy()].astype(np.float32)).to(device, non_blocking=True)
+        return on_device(self._open[1][index.numpy()].astype(np.float32), torch.float32, device)
 
     def find(self, made_after: int, num_images: int | None = None) -> np.ndarray:
         """Open the file made after an epoch, memory-mapped. ValueError: it is missing or of other images."""

@@ -106,6 +106,8 @@ class Method(nn.Module):
         model_class: what `model` must be.
         betas: of AdamW.
         decodes_part: whether `--decode_ratio` below 1 makes sense.
+        accumulates: whether a step may have several micro-batches.
+        changes_colours: whether the views need 8-bit images.
         decode_ratio: share of the removed tokens that are predicted.
         peak_lr, min_lr, warmup_epochs: of the settings, for `schedule`.
         offers: what a strategy may need (`masking.NEEDS`) and this method gives.
@@ -114,7 +116,8 @@ class Method(nn.Module):
 
     model_class: type[MaskedModel] = models_mae.MaskedAutoencoderViT
     betas = (0.9, 0.95)
-    decodes_part = True
+    decodes_part = accumulates = True
+    changes_colours = False
     clip_each = False
     may_freeze: tuple[str, ...] = ()
     offers: frozenset[str] = frozenset({"grid", "patch_size", "progress", "epoch", "draw", "maps", "boxes"})
@@ -281,6 +284,16 @@ class Method(nn.Module):
     def load_side_state(self, state: dict[str, torch.Tensor]) -> None:
         """Restore what `side_state` returned; names and shapes have been checked."""
         self.load_state_dict(state, strict=False)
+
+
+def check_own_views(settings: PretrainSettings) -> None:
+    """Raise ValueError for images or crops that a method which changes colours cannot take."""
+    if settings.in_chans != 3:
+        raise ValueError(
+            f"--in_chans {settings.in_chans}: --method {settings.method} changes colours, and needs 3 channels"
+        )
+    if settings.exact_resize:
+        raise ValueError(f"--exact_resize: --method {settings.method} cuts views of its own; leave it out")
 
 
 def from_settings(settings: PretrainSettings, weights: dict | None = None) -> Method:

@@ -10,7 +10,7 @@ from torch import nn
 
 from masking import Mask
 from masking.base import Strategy, check_number, check_share
-from methods.base import At, Inputs, Loss, Method, Plan, register
+from methods.base import At, Inputs, Loss, Method, Plan, check_own_views, register
 from methods.heads import ProjectionHead
 from methods.teacher import follow, teacher_of
 from models_mae import MaskedAutoencoderViT, init_linear
@@ -92,7 +92,8 @@ class CMAE(Method):
     """
 
     offers = frozenset({"grid", "patch_size", "progress", "epoch", "draw"})
-    decodes_part = False
+    decodes_part = accumulates = False
+    changes_colours = True
 
     def __init__(
         self,
@@ -136,8 +137,7 @@ class CMAE(Method):
                 "--method cmae: its negatives are the images of one step, so steps cannot be accumulated; lower "
                 "--effective_batch_size or leave it out, raise --batch_size, or use more processes"
             )
-        if settings.in_chans != 3:
-            raise ValueError(f"--in_chans {settings.in_chans}: --method cmae changes colours, and needs 3 channels")
+        check_own_views(settings)
         method = super().from_settings(settings, weights, **options)
         size, scale = method.model.patch_embed.img_size, tuple(settings.crop_scale)
         method.views = ShiftedViews(size, scale, settings.hflip, method.shift)
@@ -167,7 +167,8 @@ class CMAE(Method):
         pixels = model.forward_loss(images, model.forward_decoder(latent, mask), mask)
         pooled = self.feature_decoder(model, latent, mask).mean(dim=1)  # (N, D)
         online = F.normalize(self.predictor(self.projector(pooled)).float(), dim=-1)
-        logits = online @ plan.extra["targets"].T / self.temperature  # (N, images of all processes)
+        with precision.no_autocast(online.device.type):  # a half-precision product is too coarse for / 0.07
+            logits = online @ plan.extra["targets"].T / self.temperature  # (N, images of all processes)
         label = torch.arange(len(logits), device=logits.device) + plan.extra["first"]
         contrast = 2 * self.temperature * F.cross_entropy(logits, label, reduction="sum")
         return {

@@ -8,6 +8,8 @@ import torch.distributed.nn.functional as tdf
 import torch.nn.functional as F
 from torch import nn
 
+from util.precision import no_autocast
+
 
 class GlobalBatchNorm(nn.BatchNorm1d):
     """Batch normalisation with the statistics of the rows of all processes, on GPUs and on CPUs, in any format.
@@ -56,7 +58,8 @@ class Prototypes(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., dim) -> (..., K)."""
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+        with no_autocast(x.device.type):  # half-precision logits would be too coarse for the temperature of 0.04
+            return F.linear(x.float(), self.weight_g * F.normalize(self.weight_v, dim=1))
 
 
 class PrototypeHead(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 import masking
 from masking.base import Strategy, check_number, check_share
-from methods.base import At, Inputs, Loss, Method, Plan, register
+from methods.base import At, Inputs, Loss, Method, Plan, check_own_views, register
 from methods.heads import PrototypeHead
 from methods.teacher import follow, teacher_of
 from models_base import check_sizes
@@ -58,6 +58,7 @@ class IBOT(Method):
     model_class = IBOTViT
     offers = frozenset({"grid", "patch_size", "progress", "epoch", "draw", "attention"})
     decodes_part = False
+    changes_colours = True
     betas = (0.9, 0.999)
     clip_each = True
     may_freeze = ("last_layer",)
@@ -136,10 +137,14 @@ class IBOT(Method):
     @classmethod
     def from_settings(cls, settings: PretrainSettings, weights: dict | None = None, /, **options) -> IBOT:
         """Build the method. ValueError, besides those of every method: other images than RGB, a ratio of the masks."""
-        if settings.in_chans != 3:
-            raise ValueError(f"--in_chans {settings.in_chans}: --method ibot changes colours, and needs 3 channels")
+        check_own_views(settings)
         _check_ratio_is_free(settings)
         method = super().from_settings(settings, weights, **options)
+        if settings.weight_decay == 0 < method.weight_decay_end:
+            raise ValueError(
+                f"--weight_decay 0: --method ibot raises it to {method.weight_decay_end:g}, which cannot begin at 0; "
+                "take more, or give --method_args weight_decay_end=0"
+            )
         size, scale, own = method.model.patch_embed.img_size, tuple(settings.crop_scale), method.local_size
         method.views = MultiCrop(size, scale, settings.hflip, (own, own), method.local_scale, method.local_number)
         return method

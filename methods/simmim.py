@@ -7,6 +7,7 @@ from timm.optim import param_groups_weight_decay
 from masking.base import Strategy, check_number
 from methods.base import At, Inputs, Loss, Method, Plan, register
 from models_simmim import SimMIMViT
+from util.config import PretrainSettings
 
 
 @register("simmim")
@@ -38,6 +39,16 @@ class SimMIM(Method):
         super().__init__(model, strategy)
         self.warmup_start = check_number("warmup_start", warmup_start)
         self.decay_at, self.decay_rate = check_number("decay_at", decay_at), check_number("decay_rate", decay_rate)
+
+    @classmethod
+    def from_settings(cls, settings: PretrainSettings, weights: dict | None = None, /, **options) -> SimMIM:
+        """Build the method. ValueError, besides those of every method: a smallest rate, which its schedule has not."""
+        if settings.min_lr:
+            raise ValueError(
+                f"--min_lr {settings.min_lr:g}: the schedule of --method simmim ends at decay_rate times the peak; "
+                "leave it out, and give --method_args decay_rate=... instead"
+            )
+        return super().from_settings(settings, weights, **options)
 
     def choose(self, inputs: Inputs, at: At) -> Plan:
         """Choose which patches to replace; the loss has one term for each."""

@@ -41,9 +41,17 @@ def curves(table: pd.DataFrame, x: str, y: str, lines: str | None) -> dict[str, 
 
 
 def accuracies(found: dict[str, pd.DataFrame]) -> tuple[pd.DataFrame, str]:
-    """Return the means where all curves have one, for PIMR; and a sentence on what is left out, if anything is."""
-    kept, left_out = pimr.shared(pd.DataFrame({name: part["mean"] for name, part in found.items()}))
-    return kept, f"PIMR is without {', '.join(map(str, left_out))}: not all have a result there" if left_out else ""
+    """Return the means for PIMR, where all curves have one; and a sentence on what is left out, if anything is.
+
+    A curve of one point, which is its own best and worst, is left out as a whole, if others have more.
+    """
+    means = pd.DataFrame({name: part["mean"] for name, part in found.items()})
+    single = list(means.columns[means.count() < 2])
+    single = single if len(single) < means.shape[1] else []
+    kept, ratios = pimr.shared(means.drop(columns=single).dropna(how="all"))
+    said = [f"PIMR is without {', '.join(map(str, ratios))}: not all have a result there"] if ratios else []
+    said += [f"PIMR is without {', '.join(single)}: one result each"] if single else []
+    return kept, "; ".join(said)
 
 
 def draw(table: pd.DataFrame, x: str, metrics: list[str], lines: str | None, with_pimr: bool = False) -> Figure:
@@ -60,9 +68,9 @@ def draw(table: pd.DataFrame, x: str, metrics: list[str], lines: str | None, wit
         _panel(axes[0, column], found[metric], METRIC_NAMES.get(metric, metric))
         if with_pimr:
             means, left_out = accuracies(found[metric])
-            _scores(axes[1, column], pimr.pimr(means), "PIMR")
-            _scores(axes[2, column], pimr.global_pimr(means), "Global PIMR")
-            axes[1, column].set_title(left_out, fontsize=8)
+            _scores(axes[1, column], pimr.pimr(means), "PIMR", list(found[metric]))
+            _scores(axes[2, column], pimr.global_pimr(means), "Global PIMR", list(found[metric]))
+            axes[1, column].set_title(left_out, fontsize=8, wrap=True)
         axes[-1, column].set_xlabel(METRIC_NAMES.get(x, x))
         if not numeric:
             for text in axes[-1, column].get_xticklabels():
@@ -93,9 +101,12 @@ def _panel(axis: Axes, found: dict[str, pd.DataFrame], label: str) -> None:
     axis.grid(alpha=0.3)
 
 
-def _scores(axis: Axes, scores: pd.DataFrame, label: str) -> None:
-    for number, name in enumerate(scores):
-        axis.plot(scores.index, scores[name], marker=MARKERS[number % len(MARKERS)], markersize=4)
+def _scores(axis: Axes, scores: pd.DataFrame, label: str, lines: list[str]) -> None:
+    """Draw scores in the colours and markers that the curves of these `lines` have."""
+    for name in scores:
+        number = lines.index(name)
+        style = {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+        axis.plot(scores.index, scores[name], **style)
     axis.set_ylim(-0.05, 1.05)
     axis.set_ylabel(label)
     axis.grid(alpha=0.3)

@@ -189,6 +189,11 @@ def test_two_processes_make_the_same_maps(pictures, tmp_path):
     np.testing.assert_allclose(one.astype(np.float32), two.astype(np.float32), atol=2e-3)
 
 
+def test_a_run_too_short_for_maps_says_so(pictures, tmp_path, capsys):
+    pretrain(pictures, tmp_path, *AMT, "--epochs", 2)
+    assert "no attention maps will be made: the first are due after epoch 1" in capsys.readouterr().out
+
+
 def test_maps_that_are_missing_or_others_are_named(pictures, tmp_path, capsys):
     with injected([{"kind": "SIGTERM", "forward": 10}]):
         stopped(pictures, tmp_path, *AMT)

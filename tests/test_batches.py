@@ -98,6 +98,20 @@ def test_evaluation_counts_every_image_once():
 
 @pytest.mark.parametrize("num_samples", range(8, 40))
 @pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_a_plan_whose_rest_may_not_join_gives_every_process_one_micro_batch_in_each_step(num_samples, world_size):
+    """Else processes that meet in every micro-batch, as under CMAE, would wait for each other for ever."""
+    order = list(range(num_samples))
+    plans = [StepPlan(num_samples, 4, 1, rank, world_size, joins=False) for rank in range(world_size)]
+    parts = [plan.micro_batches(order, step) for plan in plans for step in range(plan.steps_per_epoch)]
+    assert {len(part) for part in parts} == {1}
+    assert not any(plan.accumulates for plan in plans)
+    seen = [sample for part in parts for micro_batch in part for sample in micro_batch]
+    assert len(seen) == len(set(seen)) > num_samples - world_size
+    assert all(0 < len(part[0]) <= 4 for part in parts)
+
+
+@pytest.mark.parametrize("num_samples", range(8, 40))
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_a_plan_knows_whether_it_accumulates(num_samples, world_size):
     plans = [StepPlan(num_samples, 4, 1, rank, world_size) for rank in range(world_size)]
     steps = range(plans[0].steps_per_epoch)

@@ -153,6 +153,12 @@ def test_amr_is_each_image_alone():
         plan = method.choose(Inputs([images[part]], noise[part]), at)
         return method(Inputs([images[part]]), plan, at)
 
+    plan = method.choose(Inputs([images], noise), at)
+    with torch.autocast("cpu", torch.bfloat16):
+        latent = torch.randn(len(plan.mask.kept.slots), 24, dtype=torch.bfloat16)
+        model = method.model
+        positions = model.de_pos_embed[..., :24]
+        assert model.decoder_input(latent, model.mask_token[..., :24], positions, plan.mask).dtype == torch.float32
     together = losses(slice(None))
     alone = [losses(slice(i, i + 1)) for i in range(6)]
     assert len({int(part["pixels"].count) for part in alone}) > 2

@@ -135,6 +135,21 @@ def test_views_are_of_one_crop_and_follow_from_the_seed():
     assert all(map(torch.equal, again, ShiftedViews((32, 48), (0.2, 1.0), 0.5, 8)(pixels)))
 
 
+def test_autocast_does_not_round_the_logits(monkeypatch):
+    """Their differences, over a temperature of 0.07, are what the contrast is made of."""
+    torch.manual_seed(0)
+    method = CMAE(tiny_mae(norm_pix_loss=True), masking.create("random"), hidden_dim=16)
+    images, noise, at = varied_images(4), torch.rand(4, 64), At(0, 0.0, 1)
+    plan = method.choose(Inputs([images, images.flip(3)], noise), at)
+    entropy, seen = torch.nn.functional.cross_entropy, []
+    monkeypatch.setattr(
+        torch.nn.functional, "cross_entropy", lambda x, *rest, **how: seen.append(x) or entropy(x, *rest, **how)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        method(Inputs([images]), plan, at)
+    assert [logits.dtype for logits in seen] == [torch.float32]
+
+
 def test_amr_changes_nothing_but_the_mask():
     """The contrast sees the whole batch, in one packed pass or image by image."""
     torch.manual_seed(0)
@@ -183,6 +198,7 @@ def test_what_does_not_go_together_is_named(pictures, tmp_path, capsys):
         ),
         (["--in_chans", 1], "--in_chans 1: --method cmae changes colours, and needs 3 channels"),
         (["--decode_ratio", 0.5], "--decode_ratio 0.5: --method cmae predicts all patches"),
+        (["--exact_resize"], "--exact_resize: --method cmae cuts views of its own"),
         (["--masking", "am"], "--masking am: needs boxes, maps, which --method cmae does not give"),
         (["--method_args", "feature_depth=0"], "feature_depth is 0; it must be a whole number of at least 1"),
         (["--method_args", "temperature=0"], "temperature is 0"),

@@ -49,7 +49,9 @@ def save(path, model, args, grid, **more):
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    checkpoint.save(path, {"model": model.state_dict(), "args": args, "grid": grid} | more)
+    last = {"memory_format": torch.channels_last}  # as --channels_last leaves them
+    state = {name: value.contiguous(**last) if value.ndim == 4 else value for name, value in model.state_dict().items()}
+    checkpoint.save(path, {"model": state, "args": args, "grid": grid} | more)
     return path, model.eval()
 
 

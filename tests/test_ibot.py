@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,6 +19,7 @@ import masking
 import methods
 from evaluation import checkpoints, features
 from methods import IBOT, At, Inputs
+from methods.heads import Prototypes
 from methods.ibot import between_views, compare, cross_entropy
 from models_ibot import IBOTViT
 from scripts import export, visualize
@@ -284,11 +286,33 @@ def test_it_is_fine_tuned_at_another_size(trained, pictures, tmp_path):
         (["--masking", "schedule", "--masking_args", "end=0.9"], "name the strategy itself"),
         (["--masking", "block", "--masking_args", "roll=1"], "--masking_args roll=1: --method ibot draws blocks by"),
         (["--in_chans", "1"], "changes colours"),
+        (["--exact_resize"], "--exact_resize: --method ibot cuts views of its own"),
+        (["--weight_decay", "0"], "--weight_decay 0: --method ibot raises it to 0.4"),
         (["--model", "mae_vit_mini_patch4"], "is no IBOTViT"),
     ],
 )
 def test_mistakes_are_one_sentence(pictures, tmp_path, capsys, arguments, said):
     assert said in refusal(main_pretrain.main, given(pictures, tmp_path, *arguments), capsys)
+
+
+def test_autocast_does_not_round_the_logits():
+    """bf16 has steps of 1/256 below 1, which a temperature of 0.04 makes a tenth."""
+    torch.manual_seed(0)
+    prototypes, x = Prototypes(48, 32), torch.nn.functional.normalize(torch.randn(5, 48), dim=-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = prototypes(x)
+    torch.testing.assert_close(found, prototypes(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ibot", "cmae"])
+def test_images_of_other_kinds_than_8_bits_have_no_colours_to_change(tmp_path, capsys, method):
+    for number in range(4):
+        np.save(tmp_path / f"{number}.npy", np.full((40, 40, 3), 500 * number, dtype=np.uint16))
+    model = "ibot_vit_mini_patch4" if method == "ibot" else "mae_vit_mini_patch4"
+    arguments = ["--data_path", tmp_path, "--loader", "util.loaders:npy", "--method", method, "--model", model]
+    arguments += ["--method_args", "local_size=8"] if method == "ibot" else []
+    said = refusal(main_pretrain.main, [*arguments, "--batch_size", 2, "--output_dir", tmp_path / "run"], capsys)
+    assert f"--method {method}: changes the colours of 8-bit images, and those of {tmp_path} are uint16" in said
 
 
 @pytest.mark.parametrize("strategy", ["attmask_high", "attmask_hint", "attmask_low"])

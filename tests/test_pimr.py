@@ -252,6 +252,21 @@ def test_switches_are_names_and_names_are_no_numbers(tmp_path, capsys):
     assert "'checkpoint' holds 'last', which is no number" in said
 
 
+def test_what_has_one_result_has_no_pimr_and_leaves_the_others_theirs(tmp_path, capsys):
+    table, path = write(tmp_path)
+    more = table[(table["masking"] == "random") & (table["mask_ratio"] == 0.7)].assign(masking="amt")
+    pd.concat([more, table]).to_csv(path, index=False)
+    script("pimr")([str(path)])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "PIMR is without amt: one result each"
+    assert {line.split()[0] for line in said[2:]} == {"random", "sbam"}
+    assert "PIMR is without" not in said[1]
+    figure = plots.draw(pd.concat([more, table]), "mask_ratio", ["knn"], "masking", with_pimr=True)
+    panel, scores, _ = figure.axes
+    drawn = [container.lines[0].get_color() for container in panel.containers]
+    assert [line.get_color() for line in scores.lines] == drawn[1:]
+
+
 def test_a_mistake_with_a_table_is_one_sentence(tmp_path, capsys):
     _, path = write(tmp_path)
     (tmp_path / "binary.csv").write_bytes(bytes(range(128, 256)))

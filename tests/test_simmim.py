@@ -268,6 +268,7 @@ def test_what_does_not_go_together_is_named(pictures, tmp_path, capsys):
             ["--masking", "amt", "--mask_ratio", 0.85],
             "--masking amt: needs boxes, maps, which --method simmim does not",
         ),
+        (["--min_lr", 1e-5], "--min_lr 1e-05: the schedule of --method simmim ends at decay_rate times the peak"),
         (["--norm_pix_loss"], "norm_pix_loss: SimMIM predicts the pixels themselves"),
     ):
         arguments = [*given(pictures, tmp_path, *more), *(["--norm_pix_loss"] if "--norm_pix_loss" in more else [])]

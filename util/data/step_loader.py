@@ -28,6 +28,8 @@ class StepPlan:
         rank, world_size: this process, and their number.
         multiple: the last step's micro-batches are multiples of this (2 for mixup); up to
             `multiple * world_size - 1` samples of an epoch are left out for it.
+        joins: whether a rest may join the last step, in more micro-batches. Else it is a step, however small, unless it
+            is too small for every process to have a part, and is left out.
 
     Raises:
         ValueError: fewer samples than every process needs.
@@ -39,6 +41,7 @@ class StepPlan:
     rank: int = 0
     world_size: int = 1
     multiple: int = 1
+    joins: bool = True
 
     def __post_init__(self):
         needed = self.multiple * self.world_size
@@ -57,19 +60,20 @@ class StepPlan:
     def steps_per_epoch(self) -> int:
         """Return the optimizer steps in an epoch: samples / effective batch, rounded to the nearest, at least 1."""
         full, rest = divmod(self.num_samples, self.effective_batch_size)
-        alone = 2 * rest >= self.effective_batch_size and rest >= self.multiple * self.world_size
+        alone = rest >= self.multiple * self.world_size
+        alone = alone and (2 * rest >= self.effective_batch_size or not self.joins)
         return max(1, full + alone)
 
     @property
     def accumulates(self) -> bool:
         """Return whether some process has several micro-batches in some step."""
-        last = self.num_samples - (self.steps_per_epoch - 1) * self.effective_batch_size
+        last = self.step_size(self.steps_per_epoch - 1)
         return self.accum_iter > 1 or -(-last // self.world_size) > self.batch_size
 
     def step_size(self, step: int) -> int:
         """Return the samples of step `step` of an epoch, over all processes."""
-        first = step * self.effective_batch_size
-        return self.num_samples - first if step == self.steps_per_epoch - 1 else self.effective_batch_size
+        left = self.num_samples - step * self.effective_batch_size
+        return left if step == self.steps_per_epoch - 1 and self.joins else min(left, self.effective_batch_size)
 
     def places(self, step: int) -> list[range]:
         """Return this process's micro-batches of step `step`, as places among the step's samples."""

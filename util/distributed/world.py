@@ -160,7 +160,5 @@ def wrap(model: nn.Module, device: torch.device, accumulates: bool = True) -> nn
     """
     if not td.is_initialized():
         return model
-    ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(
-        model, device_ids=ids, gradient_as_bucket_view=True, static_graph=not accumulates
-    )
+    # Without `device_ids`: the inputs are on the device, and DDP would move those that belong on the host, and wait.
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=not accumulates)

@@ -151,20 +151,20 @@ class Context:
         """Return whether the loaders page-lock their batches."""
         return self.settings.pin_mem and self.device.type == "cuda"
 
-    def step_loader(self, images: ImageSet, transform: Callable, multiple: int = 1) -> StepLoader:
+    def step_loader(self, images: ImageSet, transform: Callable, multiple: int = 1, joins: bool = True) -> StepLoader:
         """Build the loader of training batches of `images`, step by step."""
         settings = self.settings
         return StepLoader(
             SeededImages(images, transform, settings.seed, settings.max_bad_images),
-            step_plan(settings, len(images), multiple),
+            step_plan(settings, len(images), multiple, joins),
             seed=settings.seed,
             num_workers=settings.num_workers,
             pin_memory=self.pin_memory,
         )
 
 
-def step_plan(settings: Settings, num_images: int, multiple: int = 1) -> StepPlan:
+def step_plan(settings: Settings, num_images: int, multiple: int = 1, joins: bool = True) -> StepPlan:
     """Return how this process shares in the steps of an epoch. ValueError if there are too few images."""
     world_size = world.launched_world_size()
     accum_iter = settings.resolved_accum_iter(world_size)
-    return StepPlan(num_images, settings.batch_size, accum_iter, world.rank(), world_size, multiple)
+    return StepPlan(num_images, settings.batch_size, accum_iter, world.rank(), world_size, multiple, joins)
