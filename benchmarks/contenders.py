@@ -48,8 +48,20 @@ class SpreadCounts(masking.SBAM):
         return mean + torch.cat([half, middle, -half.flip(0)])
 
 
+def _padded_block(block: nn.Module, x: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """Run a block over images (N, K + 1, D) of which the `valid` tokens count."""
+    return block(x, attn_mask=valid)
+
+
 class PaddedMAE(models_mae.MaskedAutoencoderViT):
     """What others do with different counts: pad to the longest image, under an attention mask."""
+
+    _padded_block = staticmethod(_padded_block)
+
+    def compile_blocks(self, **options) -> None:
+        """Compile the padded blocks, too: one graph for any longest image."""
+        super().compile_blocks(**options)
+        self._padded_block = torch.compile(_padded_block, dynamic=True, fullgraph=True, **options)
 
     def _encode_kept(self, tokens: torch.Tensor, mask: Mask) -> torch.Tensor:
         lengths = torch.tensor(mask.keep_lengths, device=tokens.device)
@@ -59,7 +71,7 @@ class PaddedMAE(models_mae.MaskedAutoencoderViT):
         rows = torch.cat([cls_token.to(tokens.dtype), tokens])[_class_token_first(mask)]
         x = x.masked_scatter(valid[..., None], rows)
         for block in self.blocks:
-            x = block(x, attn_mask=valid[:, None, None])
+            x = self._padded_block(block, x, valid[:, None, None])
         return self.norm(x)[valid]
 
 

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from helpers import ROOT, tiny_mae, varied_images
+from torch._dynamo.testing import CompileCounter
 from torch.utils.flop_counter import FlopCounterMode
 
 import masking
@@ -48,6 +49,11 @@ def test_the_padded_encoder_computes_the_same():
     packed = model(images, noise)[0]
     model.__class__ = PaddedMAE
     torch.testing.assert_close(model(images, noise)[0], packed, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    model.compile_blocks(backend=counter)
+    torch.testing.assert_close(model(images, noise)[0], packed, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 3  # the encoder's block, the decoder's, the loss
 
 
 def test_contenders_take_turns_and_ratios_are_paired():
