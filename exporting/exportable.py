@@ -24,7 +24,7 @@ class Exportable:
     Attributes:
         state: its tensors, under our names.
         settings: of the model.
-        classes: names of a classifier's classes; empty for an encoder or autoencoder.
+        classes: names of a classifier's classes; empty where they are unknown, and for an encoder or autoencoder.
         grid: rows and columns of patches.
         notes: sentences for who converts it: what was assumed, left out, or computes otherwise here.
         probe_blocks: blocks of a probe that has fewer than its architecture.
@@ -47,6 +47,11 @@ class Exportable:
         return "autoencoder" if any(name.startswith("decode") for name in self.state) else "encoder"
 
     @property
+    def labels(self) -> tuple[str, ...]:
+        """Return the names of the classes, or their numbers where the names are unknown."""
+        return self.classes or numbered(self.state)
+
+    @property
     def is_beit(self) -> bool:
         """Return whether it is a BEiT: queries and values have biases, keys have none."""
         return "blocks.0.attn.q_bias" in self.state
@@ -55,6 +60,12 @@ class Exportable:
         """Build the model of these tensors without memory: of pre-training, or a classifier."""
         with torch.device("meta"):
             return build_model(self.settings, self.state, self.probe_blocks)
+
+
+def numbered(state: tensor_names.State) -> tuple[str, ...]:
+    """Return the numbers of a classifier's classes as text; none without a head."""
+    head = state.get("head.weight", state.get("head.1.weight", ()))
+    return tuple(str(number) for number in range(len(head)))
 
 
 def build_model(settings: PretrainSettings, state: tensor_names.State, probe_blocks: int | None) -> nn.Module:

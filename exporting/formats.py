@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from evaluation import checkpoints
 from exporting import graph, hugging_face, model_card
-from exporting.exportable import Exportable, check_names
+from exporting.exportable import Exportable, check_names, numbered
 from util.training import checkpoint, foreign, tensor_names
 
 FORMATS = ("timm", "hf", "safetensors", "mae")  # read and written
@@ -44,10 +44,9 @@ def read(
             "the head is left out: elsewhere there is one linear layer on one token; this is the encoder alone"
         )
     classes = tuple(content.get("classes") or ())
-    head = state.get("head.weight", state.get("head.1.weight"))
-    if head is not None and len(classes) != len(head):
-        classes = tuple(str(i) for i in range(len(head)))
-    classes = classes if head is not None else ()
+    numbers = numbered(state)
+    if len(classes) != len(numbers) or (source == "hf" and classes == numbers):  # which stand there for unknown names
+        classes = ()
     sizes = zip(settings.size("input_size"), settings.size("patch_size"), strict=True)
     grid = tuple(side // step for side, step in sizes)
     blocks = checkpoints.probe_blocks(content, path)

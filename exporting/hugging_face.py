@@ -26,7 +26,7 @@ def shared_config(found: Exportable) -> dict[str, Any]:
         raise ValueError(
             f"--to hf: images of {height} x {width} in patches of {patch} x {other}; there both are square"
         )
-    labels = dict(enumerate(found.classes))
+    labels = dict(enumerate(found.labels))
     named = {"id2label": labels, "label2id": {name: number for number, name in labels.items()}} if labels else {}
     return {
         "hidden_size": model.cls_token.shape[-1],

@@ -152,7 +152,7 @@ def _rows(found: Exportable, args: dict, data_set: str | None) -> dict[str, Any]
         "architecture": f"{settings.model}, images of {height} x {width} in patches of {rows} x {columns}",
         "normalisation": following.describe(base.channel_statistics(settings)),
         "images": ", ".join(filter(None, [kind, images])),
-        "classes": len(found.classes),
+        "classes": len(found.labels),
     }
     if "mask_ratio" in args:
         lines["method"] = _options(args.get("method", "mae"), args.get("method_args"))

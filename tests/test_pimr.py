@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from helpers import ROOT, refusal
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgba
 from scipy import stats
 
 from studies import pimr, plots, tables
@@ -264,7 +265,7 @@ def test_what_has_one_result_has_no_pimr_and_leaves_the_others_theirs(tmp_path, 
     figure = plots.draw(pd.concat([more, table]), "mask_ratio", ["knn"], "masking", with_pimr=True)
     panel, scores, _ = figure.axes
     drawn = [container.lines[0].get_color() for container in panel.containers]
-    assert [line.get_color() for line in scores.lines] == drawn[1:]
+    assert [to_rgba(line.get_color()) for line in scores.lines] == [to_rgba(colour) for colour in drawn[1:]]
 
 
 def test_a_mistake_with_a_table_is_one_sentence(tmp_path, capsys):
