@@ -5,4 +5,5 @@
 export OMP_NUM_THREADS=1
 ruff check .
 ruff format --check .
-python -m pytest --dist loadfile --no-loadscope-reorder -n "$(python -c 'import os; print(min(4, len(os.sched_getaffinity(0))))')" "$@"
+# One more than there are cores: some wait, for a signal, a time limit, a cluster.
+python -m pytest --dist loadfile --no-loadscope-reorder -n "$(python -c 'import os; print(min(4, len(os.sched_getaffinity(0))) + 1)')" "$@"
