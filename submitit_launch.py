@@ -8,23 +8,20 @@ that reaches its time limit or is preempted writes a checkpoint, is queued again
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import io
 import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from util import cli
 from util.config import FinetuneSettings, LinprobeSettings, PretrainSettings, Settings
-from util.distributed import slurm
+from util.distributed import submission
 
 TASKS = {"pretrain": PretrainSettings, "finetune": FinetuneSettings, "linprobe": LinprobeSettings}
 ROOT = Path(__file__).resolve().parent
-AT_LEAST_ONE = ("nodes", "ngpus", "timeout", "mem", "cpus_per_task")
+AT_LEAST_ONE = ("nodes", "ngpus", *submission.NUMBERS)
 
 
 class Job:
@@ -60,7 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         run_here(given, task_argv)
         return
     with cli.exit_on_user_error():
-        submit(given, Job(given.task, task_argv), folder / "submitit")
+        job = Job(given.task, task_argv)
+        for number in submission.submit([job], folder / "submitit", parameters(given), given.dry_run):
+            print(f"submitted job {number}; logs in {folder / 'submitit'}")
 
 
 def check(given: argparse.Namespace) -> None:
@@ -71,7 +70,7 @@ def check(given: argparse.Namespace) -> None:
             raise ValueError(f"--{name} {value}: must be at least 1")
     if given.cluster == "local" and given.nodes > 1:
         raise ValueError(f"--nodes {given.nodes}: --cluster local is this machine alone; leave it out")
-    for name in ("job_name", *SLURM_FLAGS):
+    for name in ("job_name", *submission.TEXTS):
         cli.check_printable(name, getattr(given, name) or "")
 
 
@@ -101,60 +100,12 @@ def run_here(given: argparse.Namespace, task_argv: list[str]) -> None:
     os.execv(sys.executable, command)
 
 
-def submit(given: argparse.Namespace, job: Job, folder: Path) -> None:
-    """Submit `job`, whose script, pickle and logs go to `folder`. ValueError if SLURM is missing or refuses."""
-    try:
-        import cloudpickle  # of submitit
-        import submitit
-    except ImportError as error:
-        raise ValueError("submitit is missing; pip install submitit") from error
-
-    class Executor(submitit.SlurmExecutor):
-        @classmethod
-        def affinity(cls) -> int:
-            return 1  # a script can be printed where there is no SLURM
-
-    # By value: the job may start where this file cannot be imported, and under submitit_pretrain.py it is not __main__.
-    cloudpickle.register_pickle_by_value(sys.modules[Job.__module__])
-    executor = Executor(folder)
-    executor.update_parameters(**parameters(given))
-    if given.dry_run:
-        print(executor._make_submission_file_text(executor._submitit_command_str, "dry_run"))
-        return
-    if shutil.which("sbatch") is None:
-        raise ValueError("sbatch is not on this machine; use one of a SLURM cluster's, --dry_run, or --cluster local")
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit repeats there what it raises
-            submitted = executor.submit(job)
-    except submitit.core.utils.FailedJobError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"SLURM refuses the job: {reason.removeprefix('sbatch: error: ')}") from error
-    print(f"submitted job {submitted.job_id}; logs in {folder}")
-
-
 def parameters(given: argparse.Namespace) -> dict:
     """Return the launcher's flags in the words of submitit's SlurmExecutor."""
     meet = f"cd {shlex.quote(str(ROOT))} && {shlex.quote(sys.executable)} -m util.distributed.slurm"
-    values = {
-        "job_name": given.job_name,
-        "nodes": given.nodes,
-        "ntasks_per_node": given.ngpus,
-        "gpus_per_node": given.ngpus,
-        "cpus_per_task": given.cpus_per_task,
-        "time": given.timeout,
-        "signal_delay_s": slurm.warning_seconds(given.timeout),
-        "additional_parameters": {"requeue": True},
-        "setup": [f"meet=$({meet}) || exit 1", "export $meet"],
-        # A crash of one process ends all, the end of one does not. Since 22.05 srun does not take over sbatch's cores.
-        "srun_args": ["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={given.cpus_per_task}"],
-        "wckey": None,  # submitit's own would be refused where such keys are enforced
-    }
-    if given.mem is not None:
-        values["mem"] = f"{given.mem}GB"
-    return values | {name: getattr(given, name) for name in SLURM_FLAGS if getattr(given, name)}
-
-
-SLURM_FLAGS = ("partition", "account", "qos", "constraint", "comment")
+    setup = [f"meet=$({meet}) || exit 1", "export $meet"]
+    asked = submission.parameters(given, given.job_name, tasks=given.ngpus, cores=given.cpus_per_task)
+    return asked | {"nodes": given.nodes, "setup": setup}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -169,17 +120,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--nodes", type=int, default=1, help="machines")
     parser.add_argument("--ngpus", type=int, default=8, help="GPUs, and processes, per machine")
-    parser.add_argument("--timeout", type=int, default=4320, help="minutes until the job is queued again")
-    parser.add_argument("--mem", type=int, help="GB per machine; default: the partition's")
-    parser.add_argument("--cpus_per_task", type=int, default=10, help="cores per process")
     parser.add_argument(
         "--job_dir", type=cli.path_text, help="for SLURM's logs, and the default --output_dir; %%j: job"
     )
     parser.add_argument("--job_name", default="mae", help="name in the queue")
     parser.add_argument("--cluster", choices=["slurm", "local"], default="slurm", help="local runs here, without SLURM")
     parser.add_argument("--dry_run", action="store_true", help="print what would be submitted, and stop")
-    for name in SLURM_FLAGS:
-        parser.add_argument(f"--{name}", help=f"SLURM's --{name}")
+    submission.add_flags(parser)
     volta = {"dest": "constraint", "action": "store_const", "const": "volta32gb"}
     parser.add_argument("--use_volta32", **volta, help="MAE's name for --constraint volta32gb")
     return parser

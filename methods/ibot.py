@@ -303,11 +303,18 @@ def _check_ratio_is_free(settings: PretrainSettings) -> None:
     if settings.mask_ratio != PretrainSettings.mask_ratio:
         raise ValueError(
             f"--mask_ratio {settings.mask_ratio}: --method ibot draws the ratio of each view; leave it out, and give "
-            "--method_args pred_ratio=... instead"
+            "--method_args pred_ratio=0.5 pred_ratio_var=0.1, say, for U[0.4, 0.6], instead"
         )
-    if settings.masking == "schedule":
+    idle = [pair for pair in settings.masking_args if pair.partition("=")[0] in ("mask_ratio", "rounding", "cell")]
+    if idle:
         raise ValueError(
-            "--masking schedule: changes a ratio that --method ibot draws for each view; name the strategy itself"
+            f"--masking_args {' '.join(idle)}: --method ibot draws the ratio of each view, and masks that share of its "
+            "single patches, rounded down; leave it out"
+        )
+    if settings.masking in ("schedule", "inverse_block"):
+        raise ValueError(
+            f"--masking {settings.masking}: sets the ratio, which --method ibot draws for each view; choose another "
+            "strategy"
         )
     if settings.masking == "block" and settings.masking_args:
         raise ValueError(

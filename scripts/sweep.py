@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import io
 import os
 import runpy
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,12 +30,11 @@ import torch
 
 from studies import cost, sweep, tables, trial
 from util import cli, terminal
-from util.distributed import signals, slurm, world
+from util.distributed import signals, slurm, submission, world
 from util.files import write_whole
 from util.training import lock
 
 ROOT = Path(__file__).resolve().parent.parent
-SLURM_FLAGS = ("partition", "account", "qos", "constraint")
 SAVING_S = 3600  # how long torchrun waits for its workers' checkpoints
 
 
@@ -106,20 +103,15 @@ def processes(number: int) -> Iterator[None]:
 
 def check(given: argparse.Namespace) -> None:
     """Raise ValueError for flags that cannot work, before the sweep file is read."""
-    for name in ("parallel", "ngpus", "timeout", "cpus_per_task"):
+    for name in ("parallel", "ngpus", *submission.NUMBERS):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise ValueError(f"--{name} {getattr(given, name)}: must be at least 1")
     if given.output == "":
         raise ValueError("--output '': is empty; name a folder")
-    for name in SLURM_FLAGS:
+    for name in submission.TEXTS:
         cli.check_printable(name, getattr(given, name) or "")
     if given.cluster == "slurm" and not (given.dry_run or given.gather):
-        missing = [command for command in ("sbatch", "srun") if shutil.which(command) is None]
-        if missing:
-            raise ValueError(
-                f"--cluster slurm: {' and '.join(missing)} not found on this machine; use one of a SLURM cluster's, "
-                "or leave --cluster out to run here"
-            )
+        submission.check_machine()
 
 
 def do_run(run: trial.SweepRun, ngpus: int) -> int:
@@ -241,60 +233,38 @@ def shares(parallel: int, ngpus: int) -> list[dict[str, str]]:
 
 
 class ClusterJob:
-    """What submitit runs: this script again, for one run. Holds no class of this project, which it could not import.
+    """What submitit runs: this script again, for one run. Pickled by value, and the same whenever the job starts again.
 
     Attributes:
         command: the script's.
         saving_s: how long the run may take to save once it is told to stop.
-        process: in which it runs, once it does.
     """
 
     def __init__(self, command: list[str], saving_s: float):
-        self.command, self.saving_s = command, saving_s
+        self.command, self.saving_s, self.root = command, saving_s, str(ROOT)
 
-    def __call__(self) -> int:
-        """Return the exit status."""
-        self.process = subprocess.Popen(self.command)  # subprocess.run would kill it when submitit leaves
-        return self.process.wait()
+    def __call__(self) -> None:
+        """Do the run. Queue the job again if it was stopped; leave with the run's exit status if it failed."""
+        sys.path.insert(0, self.root)
+        from util.distributed import slurm
 
-    def checkpoint(self):
-        """Wait until the run has saved, and return the same job, which continues it.
-
-        submitit calls it in the handler of the signal before the time limit or a preemption, which the run gets, too.
-        """
-        import submitit
-
-        # `wait` holds a lock in this very thread, which the signal has interrupted. A run that is still importing has
-        # not heard it: the job must be queued again before SLURM ends it.
-        end, ended = time.monotonic() + self.saving_s, os.WEXITED | os.WNOWAIT | os.WNOHANG
-        with contextlib.suppress(AttributeError, ChildProcessError):  # not begun, or over
-            while os.waitid(os.P_PID, self.process.pid, ended) is None and time.monotonic() < end:
-                time.sleep(0.1)
-        return submitit.helpers.DelayedSubmission(type(self)(self.command, self.saving_s))
+        told: list[float] = []  # when; the run gets the signals, too: it saves, or ends by them while it imports
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, lambda number, frame: told.append(time.monotonic()))
+        process = subprocess.Popen(self.command)
+        while (status := process.poll()) is None and not (told and time.monotonic() > told[0] + self.saving_s):
+            time.sleep(0.2)
+        stopped = status == slurm.PREEMPTED or (told and status != 0)
+        if status != 0 and not (stopped and slurm.requeue(slurm.own_number())):
+            sys.exit(status or slurm.PREEMPTED)
 
 
 def submit(runs: list[trial.SweepRun], given: argparse.Namespace, folder: Path) -> None:
     """Submit one job array; with `--parallel`, at most so many jobs at a time. ValueError: SLURM refuses it."""
-    import submitit
-
-    warning_s = slurm.warning_seconds(given.timeout)
-    executor = submitit.AutoExecutor(folder.resolve(), cluster="slurm", slurm_max_num_timeout=100_000)
-    executor.update_parameters(
-        name="sweep",
-        timeout_min=given.timeout,
-        slurm_signal_delay_s=warning_s,
-        cpus_per_task=given.cpus_per_task,
-        gpus_per_node=given.ngpus,
-        slurm_array_parallelism=given.parallel or len(runs),
-        **{f"slurm_{name}": getattr(given, name) for name in SLURM_FLAGS if getattr(given, name)},
-    )
-    try:
-        with contextlib.redirect_stderr(io.StringIO()), executor.batch():  # submitit repeats there what it raises
-            jobs = [executor.submit(ClusterJob(command(given, run), 0.8 * warning_s)) for run in runs]
-    except submitit.core.utils.FailedJobError as error:
-        raise ValueError(
-            f"SLURM refuses the jobs: {str(error).strip().splitlines()[-1].removeprefix('sbatch: error: ')}"
-        ) from error
+    saving_s = 0.8 * slurm.warning_seconds(given.timeout)
+    jobs = [ClusterJob(command(given, run), saving_s) for run in runs]
+    values = submission.parameters(given, "sweep", tasks=1, cores=given.cpus_per_task * given.ngpus)
+    submission.submit(jobs, folder.resolve(), values | {"array_parallelism": given.parallel or len(runs)})
     print(f"submitted {len(jobs)} jobs; logs in {folder}; the same command with --gather makes the table")
 
 
@@ -328,10 +298,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gather", action="store_true", help="only make the table of what is there")
     parser.add_argument("--only", metavar="NAME", help="only the run of this name, without the table")
     parser.add_argument("--cluster", choices=["slurm", "local"], default="local", help="default: here, without SLURM")
-    parser.add_argument("--timeout", type=int, default=4320, help="SLURM: minutes until a job is queued again")
-    parser.add_argument("--cpus_per_task", type=int, default=10, help="SLURM: cores of a job")
-    for name in SLURM_FLAGS:
-        parser.add_argument(f"--{name}", help=f"SLURM's --{name}")
+    submission.add_flags(parser)
     return parser
 
 

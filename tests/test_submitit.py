@@ -11,9 +11,9 @@ import pytest
 from helpers import ROOT, environment, log_lines
 
 import submitit_launch
-from util.distributed import signals, slurm
+from util.distributed import signals, slurm, submission
 
-TEXTS = ("job_name", *submitit_launch.SLURM_FLAGS)
+TEXTS = ("job_name", *submission.TEXTS)
 
 
 def test_a_local_job(pictures, tmp_path):
@@ -65,7 +65,7 @@ def test_a_dry_run_prints_what_sbatch_would_get(tmp_path, capsys, monkeypatch):
         (["--dry_run", "--job_dir", "a\nb"], "has a control character, such as a line break; take it out"),
         (["--dry_run", "--comment", "a\x1b[31m"], "has a control character"),
         (["--cluster", "local", "--job_dir", "x/%j"], "%j is a SLURM job's number, which --cluster local has not"),
-        (["--dataset", "digits"], "sbatch is not on this machine"),
+        (["--dataset", "digits"], "--cluster slurm: sbatch and srun not found on this machine"),
     ],
 )
 def test_a_mistake_is_one_sentence(flags, message, tmp_path, capsys, monkeypatch):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import shlex
 import signal
 import subprocess
 import sys
-import threading
-import time
 
 import pytest
 import yaml
@@ -230,10 +229,16 @@ def test_the_jobs_of_an_array_run_at_a_time_unless_limited(slurm, tmp_path, flag
     slurm("srun")
     slurm("sbatch", f"/bin/cp $1 {tmp_path}/given\necho Submitted batch job 7")
     path = write(tmp_path)
-    assert status_of(path, "--output", tmp_path / "o", "--cluster", "slurm", "--partition", "gpu", *flags) == 0
+    assert (
+        status_of(path, "--output", tmp_path / "o", "--cluster", "slurm", "--ngpus", "2", "--partition", "gpu", *flags)
+        == 0
+    )
     script = (tmp_path / "given").read_text()
     assert f"#SBATCH --array={array}\n" in script
     assert "#SBATCH --signal=USR2@300\n" in script
+    assert "#SBATCH --requeue\n" in script
+    assert "#SBATCH --cpus-per-task=20\n" in script  # of two processes
+    assert "wckey" not in script
     assert "#SBATCH --partition=gpu\n" in script
 
 
@@ -248,7 +253,7 @@ def test_a_mistake_with_slurm_is_one_sentence(slurm, tmp_path, capsys):
     assert "--cluster slurm: srun not found" in refusal(script(), command, capsys)
     slurm("srun")
     said = refusal(script(), [*command, "--partition", "none"], capsys)
-    assert "SLURM refuses the jobs: invalid partition specified: none" in said
+    assert "SLURM refuses the job: invalid partition specified: none" in said
     evil = "gpu\ntouch /tmp/evil"
     assert "has a control character" in refusal(script(), [*command, "--partition", evil], capsys)
 
@@ -267,55 +272,64 @@ def test_a_flag_that_cannot_work_is_one_sentence(tmp_path, capsys, flags, messag
     assert message in refusal(script(), [write(tmp_path), *flags], capsys)
 
 
-def test_a_cluster_job_runs_its_command_in_a_process_of_submitit(tmp_path):
-    submitit = pytest.importorskip("submitit")
-    job = runpy.run_path(str(ROOT / "scripts/sweep.py"), run_name="sweep")["ClusterJob"]
-    executor = submitit.LocalExecutor(tmp_path)
-    executor.update_parameters(timeout_min=5)
-    done = executor.submit(job(["sh", "-c", f"touch {tmp_path}/ran; exit 3"], 30))
-    assert done.result() == 3
-    assert (tmp_path / "ran").exists()
-
-
 SAVING = """
 import pathlib, signal, sys, time
 def save(number, frame):
     time.sleep(1)
     pathlib.Path("saved").touch()
     sys.exit(75)
-signal.signal(signal.SIGUSR2, save)
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, save)
 pathlib.Path("begun").touch()
 time.sleep(60)
 """
+# Runs a job of a sweep, which has its own signal handlers, and passes a signal on to what it runs, as SLURM does.
+AS_SLURM_DOES = """
+import os, pathlib, runpy, signal, sys, threading, time
+job = runpy.run_path(sys.argv[1], run_name="sweep")["ClusterJob"](sys.argv[4:], float(sys.argv[3]))
+def warn():
+    while not pathlib.Path("begun").exists():
+        time.sleep(0.05)
+    os.killpg(0, int(sys.argv[2]))
+threading.Thread(target=warn, daemon=True).start()
+job()
+"""
 
 
-def test_a_cluster_job_that_is_warned_waits_until_its_run_has_saved(tmp_path, monkeypatch):
-    """submitit leaves by SystemExit in the handler of the signal, which the run gets, too."""
-    pytest.importorskip("submitit")
-    monkeypatch.chdir(tmp_path)
-    job = runpy.run_path(str(ROOT / "scripts/sweep.py"), run_name="sweep")["ClusterJob"]
-    job = job([sys.executable, "-c", SAVING], 30)
-    again = []
-
-    def warned(number, frame):
-        os.kill(job.process.pid, signal.SIGUSR2)
-        again.append(job.checkpoint().function)
-        sys.exit(-1)
-
-    def warn():
-        while not (tmp_path / "begun").exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGUSR2)
-
-    before = signal.signal(signal.SIGUSR2, warned)
-    try:
-        threading.Thread(target=warn, daemon=True).start()
-        with pytest.raises(SystemExit):
-            job()
-    finally:
-        signal.signal(signal.SIGUSR2, before)
-    assert (tmp_path / "saved").exists()
-    assert vars(again[0]) == {"command": job.command, "saving_s": 30}
+@pytest.mark.parametrize(
+    ("number", "saving_s", "code", "again", "saved"),
+    [
+        (signal.SIGUSR2, 30, SAVING, ["requeue 7_1"], True),  # at the time limit
+        (signal.SIGTERM, 30, SAVING, ["requeue 7_1"], True),  # preempted
+        (
+            signal.SIGUSR2,
+            0.1,
+            SAVING.replace("(1)", "(60)"),
+            ["requeue 7_1"],
+            False,
+        ),  # a run that takes too long to save
+        (signal.SIGUSR2, 30, "open('begun', 'w'); import time; time.sleep(60)", ["requeue 7_1"], False),  # it imports
+        (0, 30, "import sys; sys.exit(3)", [], False),
+        (0, 30, "", [], False),
+    ],
+)
+def test_a_job_that_slurm_stops_waits_for_its_run_and_is_queued_again(
+    slurm, tmp_path, number, saving_s, code, again, saved
+):
+    asked = tmp_path / "asked"
+    asked.touch()
+    slurm("scontrol", f'echo "$*" >>{asked}\nif [ $1 = show ]; then echo JobState=RUNNING Reason=None; fi')
+    command = [sys.executable, "-c", AS_SLURM_DOES, str(ROOT / "scripts/sweep.py"), str(int(number)), str(saving_s)]
+    variables = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    job = subprocess.Popen(
+        [*command, sys.executable, "-c", code], env=os.environ | variables, cwd=tmp_path, start_new_session=True
+    )
+    status = job.wait(timeout=60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
+    assert status == (3 if "exit(3)" in code else 0)
+    assert [line for line in asked.read_text().splitlines() if line.startswith("requeue")] == again
+    assert (tmp_path / "saved").exists() == saved
 
 
 def test_who_waits_for_torchrun_outlives_the_signals_that_it_gets():

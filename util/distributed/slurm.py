@@ -80,6 +80,13 @@ def requeued() -> Iterator[None]:
         raise SystemExit(0) from None
 
 
+def own_number() -> str:
+    """Return the number of this job, `array_task` for one of an array: the last task has the whole array's number."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
 def requeue(job: str) -> bool:
     """Queue the running job `job` again, unless it was cancelled or SLURM does so itself. False if SLURM is away."""
     for attempt in range(_TRIES):
