@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from util.data import datasets, decode, transforms
 from util.data.bad_images import BadImages, TooManyBadImages
 from util.data.datasets import SeededImages
+from util.data.resize import resize_image
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (6, 10, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)  # 48 x 80
@@ -93,6 +94,30 @@ def test_every_way_of_decoding_shows_the_image_as_upright_as_pillow(place, orien
         expected = np.asarray(upright.convert(mode)).reshape(*upright.size[::-1], channels)
         np.testing.assert_array_equal(decode.to_pixels(content, channels).numpy(), expected)
         np.testing.assert_array_equal(np.asarray(decode.to_picture(content, mode)).reshape(expected.shape), expected)
+
+
+def turned_beside(field: bytes) -> bytes:
+    """EXIF that turns the image a quarter clockwise, and has one more field."""
+    fields = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + field
+    return segment(b"Exif\0\0II" + struct.pack("<HIH", 42, 8, 2) + fields + bytes(4))
+
+
+DAMAGED = {  # how often to turn, and EXIF that Pillow cannot read, or cannot write again
+    "no tiff": (0, SIDEWAYS["no tiff"](6)),
+    "a resolution of bytes": (1, turned_beside(struct.pack("<HHI4s", 0x011A, 1, 2, b"\1\2"))),
+    "a text of floats": (1, turned_beside(struct.pack("<HHIf", 0x010E, 11, 1, 1.0))),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_exif_is_no_reason_to_lose_good_pixels(kind):
+    turns, damaged = DAMAGED[kind]
+    jpeg = rgb(dpi=(72, 72))  # without a density Pillow would look for it in the EXIF on opening, and pass over errors
+    content = jpeg[:20] + damaged + jpeg[20:]
+    expected = np.rot90(np.asarray(Image.open(io.BytesIO(jpeg))), -turns)
+    np.testing.assert_array_equal(decode.with_pillow(content, "RGB"), expected)
+    np.testing.assert_array_equal(decode.to_pixels(content, 3).numpy(), expected)
+    assert (resize_image(content) == content) == (turns == 0)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 Content = bytes | np.ndarray  # an encoded file, or pixels (H, W) or (H, W, C)
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> Pillow's name
@@ -24,6 +24,15 @@ _FORMATS = ["JPEG", *(name for name in Image.ID if name not in {"JPEG", *_NOT_DE
 EXTENSIONS = tuple(sorted(ending for ending, name in Image.registered_extensions().items() if name in _FORMATS))
 
 _ORIENTATION = 0x0112  # EXIF's tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0  # TIFF's tags, and a value of the second
 
 
@@ -73,10 +82,22 @@ def _opened(content: Content) -> Image.Image:
 
 
 def _converted(image: Image.Image, mode: str) -> Image.Image:
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # which turns TIFFs, and so comes before their orientation is read
+    turn = _TURNS.get(orientation(image))
     shown = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else _eight_bits(image)
-    return _independent(shown.convert(mode) if shown.mode != mode else shown)
+    shown = shown.convert(mode) if shown.mode != mode else shown
+    return _independent(shown if turn is None else shown.transpose(turn))
+
+
+def orientation(image: Image.Image) -> int:
+    """Return what EXIF or XMP say of an opened image; 1, upright, where they say nothing or cannot be read.
+
+    Pillow's `exif_transpose` would fail with damaged EXIF, though the pixels are good: it reads and rewrites all of it.
+    """
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # Pillow raises many
+        return 1
 
 
 def _fast_jpeg_pixels(image: Image.Image, content: bytes) -> torch.Tensor | None:
@@ -87,7 +108,7 @@ def _fast_jpeg_pixels(image: Image.Image, content: bytes) -> torch.Tensor | None
     """
     if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB") or fast_jpeg() is None:
         return None
-    if image.getexif().get(_ORIENTATION) in range(2, 9):
+    if orientation(image) in _TURNS:
         return None
     for _, segment in image.applist:
         if segment.startswith(b"Exif"):

@@ -52,4 +52,4 @@ def _is_upright_jpeg(content: Content, mode: str) -> bool:
     if isinstance(content, np.ndarray):
         return False
     with Image.open(io.BytesIO(content)) as image:
-        return image.format == "JPEG" and image.mode == mode and image.getexif().get(0x0112, 1) == 1
+        return image.format == "JPEG" and image.mode == mode and decode.orientation(image) == 1
