@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import ROOT, environment, log_lines
 from slurm_lab import Cluster
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -199,6 +200,36 @@ def test_cancelled_stays_cancelled_and_continues_when_submitted_again(jobs):
     assert job.steps + again.steps == whole.steps
     assert len(job.steps) > 1
     assert all(torch.equal(again.weights[name], value) for name, value in whole.weights.items())
+
+
+def test_the_runs_of_a_sweep_are_queued_again_each_by_itself(jobs, clusters, tmp_path):
+    """The last of an array, which has the number of the whole, is preempted by SIGTERM only. The other has ended."""
+    rude, output = clusters[1], tmp_path / "o"
+    rude.wait(jobs["terminated"].number)
+    settings = {"config": str(ROOT / "configs/pretrain/digits.yaml"), "epochs": EPOCHS, "warmup_epochs": 0}
+    settings |= {"effective_batch_size": 240, "batch_size": 240, "num_workers": 0, "print_freq": 1}
+    content = {"output": str(output), "pretrain": settings | {"masking": "slow_masking:Slow"}, "grid": {"seed": [0, 1]}}
+    content |= {"adjust": [{"when": {"seed": 1}, "set": {"masking_args": {"seconds": 3}}}]}
+    content |= {"measure": {"evaluate": {"metrics": ["rank_me"], "val_images": 50}}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    command = [sys.executable, ROOT / "scripts/sweep.py", tmp_path / "sweep.yaml"]
+    variables = environment(PYTHONPATH=str(ROOT / "tests"))  # for slow_masking
+    assert "submitted 2 jobs" in rude.run(*command, "--cluster", "slurm", "--cpus_per_task", 1, **variables)
+    number = next((output / "submitit").glob("*_0_submitted.pkl")).name.split("_")[0]
+
+    def text(path: str) -> str:
+        return (output / path).read_text() if (output / path).exists() else ""
+
+    end = time.monotonic() + 240
+    while not text("seed=0/evaluate-last/result.json") or text("seed=1/pretrain/output.txt").count("epoch 0 [") < 2:
+        assert time.monotonic() < end, text("seed=1/pretrain/output.txt")
+        time.sleep(0.3)
+    outrank(rude)
+    ended = [rude.wait(f"{number}_{task}") for task in range(2)]
+    assert [(job["JobState"], job["Restarts"]) for job in ended] == [("COMPLETED", "0"), ("COMPLETED", "1")]
+    assert text("seed=1/pretrain/output.txt").count("stopped by SIGTERM") == 1
+    rude.run(*command, "--gather", **variables)
+    assert len(text("results.csv").splitlines()) == 3
 
 
 def test_a_request_of_maes_size(clusters, tmp_path):
