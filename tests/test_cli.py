@@ -49,6 +49,31 @@ def test_flags_as_mae_users_write_them():
     assert cli.parse_options(["a=1", "b=0.5", "c=text", "d=1e-3"]) == {"a": 1, "b": 0.5, "c": "text", "d": 1e-3}
 
 
+@pytest.mark.parametrize(
+    ("task", "recipe", "flags", "expected"),
+    [
+        (FinetuneSettings, "finetune/vitb16", ["--cls_token"], {"pools": False}),
+        (FinetuneSettings, "finetune/vitb16_ibot", ["--global_pool"], {"pools": True}),
+        (LinprobeSettings, "linprobe/vitb16", ["--global_pool"], {"pools": True}),
+        (LinprobeSettings, "linprobe/vitb16_simmim", ["--cls_token"], {"pools": False}),
+        (LinprobeSettings, "linprobe/vitb16_simmim", ["--no_cls_token"], {"pools": True}),
+        (LinprobeSettings, "linprobe/vits16_ibot", ["--blr", "0.005"], {"blrs": [], "blr": 0.005}),
+        (LinprobeSettings, "linprobe/vits16_ibot", ["--lr", "0"], {"blrs": [], "lr": 0}),
+        (LinprobeSettings, "linprobe/vits16_ibot", ["--blrs", "1"], {"blrs": [1]}),
+        (LinprobeSettings, "linprobe/vits16_ibot", ["--config", "{two}"], {"lr": None, "blrs": [], "blr": 0.3}),
+        (LinprobeSettings, "linprobe/vitb16", ["--config", "{one}", "--blr", "0.2"], {"lr": None, "blr": 0.2}),
+        (LinprobeSettings, "linprobe/vitb16", ["--config", "{one}", "--blrs", "1"], {"lr": None, "blrs": [1]}),
+    ],
+)
+def test_the_command_line_overrides_what_a_file_says_in_another_way(tmp_path, task, recipe, flags, expected):
+    files = {"one": tmp_path / "one.yaml", "two": tmp_path / "two.yaml"}
+    files["one"].write_text("lr: 0.1\n")
+    files["two"].write_text("blr: 0.3\n")
+    flags = [flag.format(**files) for flag in flags]
+    settings = cli.parse(task, ["--config", str(ROOT / f"configs/{recipe}.yaml"), *flags])
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
 def test_the_written_config_can_be_used_again(tmp_path):
     from util.training import provenance
 

@@ -184,7 +184,10 @@ def _read(settings_class: type[Settings], path: str) -> dict[str, Any]:
 
 
 def _update(settings_class: type[Settings], values: dict[str, Any], given: dict[str, Any], where: str = "") -> None:
-    """Add `given`, converted to the fields' types, to `values`; single entries of lists of pairs."""
+    """Add `given`, converted to the fields' types, to `values`; single entries of lists of pairs.
+
+    What a given setting `replaces` leaves `values`, unless `given` has it, too.
+    """
     hints = typing.get_type_hints(settings_class)
     for name, value in given.items():
         field = settings_class.__dataclass_fields__[name]
@@ -198,6 +201,9 @@ def _update(settings_class: type[Settings], values: dict[str, Any], given: dict[
             raise ValueError(f"{where}--{name} {error}") from error
         if field.metadata["pairs"] and value:
             value = list({pair.partition("=")[0]: pair for pair in [*values.get(name, []), *value]}.values())
+        if value not in (None, []) and value is not False:
+            for other in set(field.metadata["replaces"]) - given.keys():
+                values.pop(other, None)
         values[name] = value
 
 

@@ -20,7 +20,9 @@ KINDS = {
 }
 
 
-def option(kind: str, default: Any, help: str, *, path: bool = False, pairs: bool = False) -> Any:
+def option(
+    kind: str, default: Any, help: str, *, path: bool = False, pairs: bool = False, replaces: tuple[str, ...] = ()
+) -> Any:
     """Return a dataclass field of one of the `KINDS`.
 
     Args:
@@ -29,8 +31,10 @@ def option(kind: str, default: Any, help: str, *, path: bool = False, pairs: boo
         help: what `--help` says.
         path: the value is a path, whose `~` is expanded.
         pairs: the value is a list of name=value; the command line changes single entries of a file's.
+        replaces: the settings that say the same in another way: where the command line gives this one, a file's value
+            of them is dropped.
     """
-    metadata = {"kind": kind, "help": help, "path": path, "pairs": pairs}
+    metadata = {"kind": kind, "help": help, "path": path, "pairs": pairs, "replaces": replaces}
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -59,8 +63,8 @@ class Settings:
     effective_batch_size: int | None = result(None, "images per optimizer step over all processes and micro-batches")
     epochs: int = result(400, "length of the schedule")
     warmup_epochs: float = result(40, "epochs of linear warm-up of the learning rate")
-    blr: float = result(1e-3, "base learning rate: lr = blr * effective batch / 256")
-    lr: float | None = result(None, "learning rate, overrides --blr")
+    blr: float = result(1e-3, "base learning rate: lr = blr * effective batch / 256", replaces=("lr", "blrs"))
+    lr: float | None = result(None, "learning rate, overrides --blr", replaces=("blrs",))
     min_lr: float = result(0.0, "learning rate at the end of the schedule")
     weight_decay: float = result(0.05, "weight decay")
     clip_grad: float | None = result(None, "largest norm of the gradient; default: no clipping")
@@ -260,8 +264,10 @@ class SupervisedSettings(Settings):
         None, "pre-trained weights to start from (also MAE, DINO, timm, Hugging Face)", path=True
     )
     nb_classes: int | None = result(None, "number of classes; default: the class folders of the training pictures")
-    global_pool: bool | None = result(None, "classify the mean of the patch tokens")
-    cls_token: bool = result(False, "classify the class token: the opposite of --global_pool")
+    global_pool: bool | None = result(None, "classify the mean of the patch tokens", replaces=("cls_token",))
+    cls_token: bool = result(
+        False, "classify the class token: the opposite of --global_pool", replaces=("global_pool",)
+    )
     crop_pct: float | None = result(None, "evaluation: centre crop over resized side; default: 0.875 up to 224 pixels")
     crop_scale: list[float] = result([0.08, 1.0], "range of the random crop's area over the image's")
     eval: bool = result(False, "only evaluate: the checkpoint of --resume, else of --finetune, else the run's own")
@@ -348,8 +354,10 @@ class LinprobeSettings(SupervisedSettings):
     batch_size: int = result(512, "images per process and micro-batch")
     epochs: int = result(90, "length of the schedule")
     warmup_epochs: float = result(10, "epochs of linear warm-up of the learning rate")
-    blr: float = result(0.1, "base learning rate: lr = blr * effective batch / 256")
-    blrs: list[float] = result([], "in place of --blr: base learning rates of several heads, trained at once")
+    blr: float = result(0.1, "base learning rate: lr = blr * effective batch / 256", replaces=("lr", "blrs"))
+    blrs: list[float] = result(
+        [], "in place of --blr: base learning rates of several heads, trained at once", replaces=("lr",)
+    )
     lr_per: Literal["step", "epoch"] = result("step", "whether the learning rate changes with each step or each epoch")
     optimizer: Literal["lars", "sgd"] = result("lars", "with momentum 0.9")
     weight_decay: float = result(0.0, "weight decay")
