@@ -42,7 +42,7 @@ def push(folder: Path, files: tuple[str, ...], name: str) -> str:
         api.upload_folder(repo_id=place.repo_id, folder_path=folder, allow_patterns=list(files))
     except Exception as error:  # of the network, of the Hub, of many classes
         raise ValueError(
-            f"--push_to_hub {name}: {folder} is written, but not uploaded ({error}); "
-            f"try again with `hf upload {name} {folder}`"
+            f"--push_to_hub {name}: {folder} is written, but not uploaded ({error}); try again with the same command "
+            "and --overwrite"
         ) from error
     return str(place)

@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> None:
 def check_output(given: argparse.Namespace) -> None:
     """Raise ValueError if `--output` is what is read, or there already, without `--overwrite`."""
     output, is_folder = given.output, given.to == "hf"
-    files = [output / name for name in hugging_face.HUGGING_FACE_FILES] if is_folder else [output]
+    beside = [output.with_name(f"{output.name}.data")] if given.to == "onnx" else []  # weights above 2 GB
+    files = [output / name for name in hugging_face.HUGGING_FACE_FILES] if is_folder else [output, *beside]
     if output.is_dir() and not is_folder:
         raise ValueError(f"--output {output}: is a folder; name a file")
     if output.is_file() and is_folder:

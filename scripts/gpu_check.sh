@@ -4,8 +4,8 @@
 # fall and whose graphs must not be compiled again after the first epoch. Uses the Python that is active. On a GPU that is
 # slower than an H200: PATIENCE=4 scripts/gpu_check.sh waits four times as long for each part.
 set -uo pipefail
+out=$(realpath -m "${1:-$(dirname "$0")/../output_gpu}")
 cd "$(dirname "$0")/.."
-out=${1:-output_gpu}
 mkdir -p "$out"
 failed=0
 run() { # NAME SECONDS COMMAND...: output into a file, the status remembered

@@ -14,8 +14,8 @@ venv=${VENV:-.venv}
 stamp=$(cat "$@" | sha256sum | cut -d' ' -f1)
 if [ ! -e "$venv/installed-$stamp" ]; then
   echo "setting up $venv (PyTorch with CUDA is about 6 GB; a few minutes, once)"
-  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check $(printf -- '-r %s ' "$@")
   touch "$venv/installed-$stamp"
 fi
-export PATH="$PWD/$venv/bin:$PATH"
+export PATH="$(cd "$venv/bin" && pwd):$PATH"

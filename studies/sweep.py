@@ -25,6 +25,7 @@ from typing import Any
 
 from studies.trial import LAST, Step, SweepRun, text_of
 from util import yaml_files
+from util.distributed import world
 from util.files import expand_home
 from util.suggest import check_known
 
@@ -164,7 +165,8 @@ def _run(content: dict[str, Any], point: dict[str, Any], folder: Path) -> SweepR
         if _matches(point, rule["when"]):
             options, measure = _merged(options, rule.get("set", {})), _merged(measure, rule.get("measure", {}))
     pretrain = folder / "pretrain"
-    steps = [Step("pretrain", (*flags(options), "--output_dir", str(pretrain)), options, pretrain)]
+    ngpus = world.launched_world_size()
+    steps = [Step("pretrain", (*flags(options), "--output_dir", str(pretrain)), options, pretrain, ngpus=ngpus)]
     for label in map(str, content.get("checkpoints", [LAST])):
         source = pretrain / f"checkpoint-{label}.pth"
         for task, given in measure.items():
@@ -172,7 +174,7 @@ def _run(content: dict[str, Any], point: dict[str, Any], folder: Path) -> SweepR
             argv = (*flags(given), "--finetune", str(source), "--output_dir", str(target))
             if task == "evaluate":
                 argv = (str(source), *flags(given), "--output", str(target / "result.json"))
-            steps.append(Step(task, argv, given, target, source, label))
+            steps.append(Step(task, argv, given, target, source, label, ngpus))
     return SweepRun(point, folder, tuple(steps))
 
 

@@ -36,6 +36,7 @@ class Step:
         argv: its flags, and `given`, those that the sweep file has.
         folder: where its result goes.
         source: the checkpoint that it measures, and `label`, `LAST` or its epoch; None for the pre-training.
+        ngpus: processes of a training.
     """
 
     task: str
@@ -44,6 +45,7 @@ class Step:
     folder: Path
     source: Path | None = None
     label: str | None = None
+    ngpus: int = 1
 
     @property
     def script(self) -> str:
@@ -92,9 +94,9 @@ class Step:
         return _read(self.folder / "result.json")
 
     def _asked(self) -> dict[str, Any]:
-        """Return what decides the result: settings, without the parts of a batch that is given as a whole; weights."""
-        values = self.settings.as_dict() if self.settings else self.given
-        free = _FREE | ({"batch_size", "accum_iter"} if values.get("effective_batch_size") else set())
+        """Return what decides the result: settings, the parts of a batch that is not given as a whole; weights."""
+        values = self.settings.as_dict() | {"ngpus": self.ngpus} if self.settings else self.given
+        free = _FREE | ({"batch_size", "accum_iter", "ngpus"} if values.get("effective_batch_size") else set())
         if self.source is not None:
             free = free | {"finetune"}  # where the checkpoint lies; what is in it is compared
         asked = {name: value for name, value in values.items() if name not in free}

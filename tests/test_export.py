@@ -439,6 +439,8 @@ def test_what_exists_is_not_replaced_unless_told_to(saved, tmp_path, command, ca
     link = tmp_path / "link.pth"
     assert "is what is converted" in mistake(command, capsys, path, "--to", "mae", "--output", link, "--overwrite")
     assert "run.pth exists" in mistake(command, capsys, path, "--to", "mae", "--output", other)
+    (tmp_path / "x.onnx.data").touch()  # weights of a graph that may have another name by now
+    assert "x.onnx.data exists" in mistake(command, capsys, path, "--to", "onnx", "--output", tmp_path / "x.onnx")
     assert path.read_bytes() == other.read_bytes() == content
     command([str(path), "--to", "mae", "--output", str(other), "--overwrite"])
     assert checkpoint.load(other).keys() == {"model", "grid"}

@@ -190,7 +190,7 @@ def test_every_command_of_our_sweeps_is_accepted_and_has_a_cost(path, tmp_path, 
     assert "NOT counted" not in "".join(costs)
     assert sum(int(line.split()[1]) for line in costs if " FLOP " in line) == len(commands)
     if ngpus == "8":
-        assert f"scripts/sweep.py configs/sweeps/{path.name} --dry_run" in path.read_text()
+        assert f"scripts/sweep.py configs/sweeps/{path.name} --ngpus 8 --dry_run" in path.read_text()
         hours = costs[0].partition("commands: ")[2].partition(" GPU")[0]
         row = next(line for line in (ROOT / "docs/PAPER.md").read_text().splitlines() if f"/{path.name}`" in line)
         assert row.endswith(f" | {hours} |")

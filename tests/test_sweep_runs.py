@@ -212,6 +212,16 @@ def test_done_is_what_the_checkpoint_and_a_whole_result_say(small, tmp_path, cap
     assert f"{folder}: holds a pre-training with no command.json that can be read; name another --output" in said
 
 
+def test_a_batch_of_other_processes_makes_another_training(small, tmp_path, monkeypatch):
+    whole = small({"epochs": 1, "effective_batch_size": 8, "batch_size": 2}).rename(tmp_path / "whole.yaml")
+    path = small({"epochs": 1})
+    for file, different in ((path, {"ngpus": (1, 2)}), (whole, {})):
+        sweep.expand(sweep.load(file), tmp_path / "o")[0].steps[0].begin()
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert sweep.expand(sweep.load(file), tmp_path / "o")[0].steps[0].differences() == different
+        monkeypatch.delenv("WORLD_SIZE")
+
+
 def test_a_run_that_another_sweep_is_doing_is_left_to_it(small, tmp_path, capsys):
     path, output = small({"epochs": 0}), tmp_path / "o"
     (output / "seed=0").mkdir(parents=True)
