@@ -69,7 +69,7 @@ class MaskedAutoencoderViT(MaskedModel):
         _check_heads(embed_dim, num_heads, decoder_embed_dim, decoder_num_heads)
         self.in_chans, self.norm_pix_loss = in_chans, norm_pix_loss
         self.set_masking(masking if masking is not None else RandomMasking())
-        self._dense_block, self._packed_block = _dense_block, _packed_block
+        self._whole_block, self._dense_block, self._packed_block = _whole_block, _dense_block, _packed_block
         self._loss = self._packed_loss = masked_mean_squared_error
 
         self.patch_embed = PatchEmbed(to_2tuple(img_size), to_2tuple(patch_size), in_chans, embed_dim)
@@ -98,10 +98,12 @@ class MaskedAutoencoderViT(MaskedModel):
     def compile_blocks(self, **options) -> None:
         """Compile the transformer blocks and the loss; `options` go to `torch.compile`.
 
-        Masks are chosen outside of what is compiled: they do not depend on it. Equal counts get graphs of fixed
-        shapes, packed batches one graph for any number of tokens, as do counts that vary from step to step.
+        Masks are chosen outside of what is compiled: they do not depend on it. All tokens, and equal counts, get
+        graphs of fixed shapes; packed batches one graph for any number of tokens. Where counts vary, so do equal ones:
+        a micro-batch of one image has another count in each step.
         """
         dynamic = getattr(self.masking, "varies", False)
+        self._whole_block = torch.compile(_whole_block, dynamic=False, fullgraph=True, **options)
         self._dense_block = torch.compile(_dense_block, dynamic=dynamic, fullgraph=True, **options)
         self._packed_block = torch.compile(_packed_block, dynamic=True, fullgraph=True, **options)
         self._loss = torch.compile(masked_mean_squared_error, dynamic=dynamic, fullgraph=True, **options)
@@ -141,7 +143,10 @@ class MaskedAutoencoderViT(MaskedModel):
         return self.norm(self._run(self.blocks, x, mask.kept.layout))
 
     def _run(self, blocks: nn.ModuleList, x: torch.Tensor, layout: PackedLayout | None = None) -> torch.Tensor:
-        call = self._dense_block if layout is None else partial(self._packed_block, layout)
+        if layout is not None:
+            call = partial(self._packed_block, layout)
+        else:
+            call = self._whole_block if x.shape[1] > self.num_patches else self._dense_block
         for block in blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(call, block, x, use_reentrant=False, preserve_rng_state=False)
@@ -250,6 +255,11 @@ class MaskedAutoencoderViT(MaskedModel):
         mask = self.choose_mask(images, noise)
         loss, pred = self.forward_masked(images, mask)
         return loss, pred, mask.mask
+
+
+# Functions of their own, because graphs are kept, and counted, for each function.
+def _whole_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return block(x)
 
 
 def _dense_block(block: nn.Module, x: torch.Tensor) -> torch.Tensor:

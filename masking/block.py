@@ -129,7 +129,7 @@ class BlockMasking:
             raise ValueError(f"aspect is {aspect}; it must be at most 1, the smallest height over width of a block")
         if attempts is not None and (isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 1):
             raise ValueError(f"attempts is {attempts!r}; it must be a whole number of at least 1, or null for no limit")
-        self.attempts = attempts
+        self.attempts, self.varies = attempts, attempts is not None
 
     def __call__(
         self, tokens: torch.Tensor, noise: torch.Tensor | None = None, *, grid: tuple[int, int], draw: float = 0.0

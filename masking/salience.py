@@ -144,6 +144,8 @@ class SBAMAdaptive(SBAM):
         share_of: "cells" or "tokens": of which the share of salient ones is taken where `cell` is above 1.
     """
 
+    varies = True
+
     def __init__(
         self,
         mask_ratio: float | str | Fraction = 0.75,

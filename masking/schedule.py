@@ -29,7 +29,7 @@ class ScheduledRatio:
         options: of the other strategy.
     """
 
-    varies = True  # so the compiler must not expect one number of kept patches
+    varies = True
 
     def __init__(
         self,

@@ -185,14 +185,35 @@ def test_compiling_changes_no_mask_and_no_number(name, backend):
     model.compile_blocks(backend=backend)
     torch.testing.assert_close(results(), plain, rtol=1e-5, atol=1e-6)
     assert list(model.state_dict()) == names
-    # Decoder and loss for two sizes of the batch; encoder: one for each dense shape, one for all packed batches.
+    # Two sizes of the batch: decoder and loss. Encoder: one for each dense shape. Where counts vary, the loss has one;
+    # the encoder one for all packed batches, and two for all dense ones (the first block's input is a view).
     counts = [tuple((~mask).sum(dim=1).tolist()) for mask in plain[2 :: len(plain) // len(batches)]]
     dense = {count for count in counts if len(set(count)) == 1}
     packed = {sum(count) for count in counts if len(set(count)) > 1}
-    assert (len(packed) > 4) == (name == "sbam_amr")
+    varies = name == "sbam_amr"
+    assert (len(packed) > 4) == varies
+    assert len(dense) >= 1
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs == 4 + len(dense) + bool(packed)
+    assert graphs == 2 + (1 + 1 + 2 if varies else 2 + len(dense))
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("sbam_amr", {"delta_r": 0.24}), ("block", {"attempts": 3, "min_patches": 4})]
+)
+def test_batches_of_one_image_need_no_graph_for_each_count(name, options):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(0)
+    model = tiny_mae(masking=masking.create(name, **options), norm_pix_loss=True)
+    images = varied_images(1) + torch.randn(30, 3, 32, 32) * torch.rand(30, 1, 1, 1) * torch.rand(30, 1, 32, 32) ** 8
+    masks = [model.choose_mask(image, torch.rand(1, 64)) for image in images.split(1)]
+    assert len({int(mask.num_keep) for mask in masks}) > 8
+    plain = [model.forward_masked(*pair)[0] for pair in zip(images.split(1), masks, strict=True)]
+    model.compile_blocks(backend="aot_eager")
+    compiled = [model.forward_masked(*pair)[0] for pair in zip(images.split(1), masks, strict=True)]
+    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
 
 
 @pytest.mark.parametrize("name", MODEL_STRATEGIES)
