@@ -220,7 +220,9 @@ def evaluator(
     def evaluate_now(epoch: int | None = None) -> dict[str, float]:
         shown = batches if epoch is None else job.exits.checked(batches, rounds, epoch, job.averages)
         result = evaluate(model, shown, prepare, context.device, context.amp, settings.heads)
-        return result | {"bad_images": images.bad.collect(context.device)}
+        if epoch is None:
+            return result | {"bad_images": images.bad.collect(context.device)}
+        return result | {"bad_images": job.exits.count_bad(images.bad, epoch, len(job.loader), job.averages)}
 
     return evaluate_now
 

@@ -219,6 +219,29 @@ def test_a_stop_during_evaluation_and_a_stop_before_the_first_step(pictures, tmp
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_too_many_bad_images_of_an_evaluation_cost_no_step(tmp_path, capsys):
+    """The checkpoint has the whole epoch; once the image is mended, the run goes on as if it had always been."""
+    pictures = write_pictures(tmp_path / "pictures")
+    given = ["--data_path", pictures, "--model", "vit_mini_patch4", "--epochs", 1, "--batch_size", 4, "--lr", 1e-3]
+    given += ["--num_workers", 0, "--warmup_epochs", 0, "--aa", "null"]
+
+    def finetune(output) -> None:
+        main_finetune.main([str(value) for value in [*given, "--output_dir", output]])
+
+    finetune(tmp_path / "whole")
+    spoiled = pictures / "val" / "class0" / "0.jpg"
+    good = spoiled.read_bytes()
+    spoiled.write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        finetune(tmp_path / "parts")
+    assert stop.value.code == 2
+    assert "1 of 12 pictures cannot be decoded, more than --max_bad_images" in capsys.readouterr().err
+    assert content(tmp_path / "parts")["step"] == 3
+    spoiled.write_bytes(good)
+    finetune(tmp_path / "parts")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
 def test_one_step_with_nan_is_as_if_its_batch_had_been_left_out(pictures, tmp_path):
     """Its images carry no weight: the same run, in which that step's gradient is thrown away by hand."""
     with injected([{"kind": "nan", "forward": 3}]):

@@ -80,7 +80,6 @@ class Job:
         self.loader: StepLoader = state.loader
         self.exits = Exits(context, state)
         self.averages: Averages | None = None
-        self._bad = self.loader.dataset.bad
         self._decayed = [group for group in state.optimizer.param_groups if group.get("weight_decay")]
 
     def epochs(self) -> Iterator[int]:
@@ -114,7 +113,7 @@ class Job:
 
     def means(self) -> dict[str, float]:
         """Return the means of the last whole epoch over all processes."""
-        return _read(self.averages, len(self.loader)) | {"bad_images": self._bad.collect(self.context.device)}
+        return _read(self.averages, len(self.loader)) | {"bad_images": self._count_bad(self._now, len(self.loader))}
 
     def _fetch(self, batches: Iterator, wait: DataWait) -> tuple[list[MicroBatch], bool, str]:
         """Return all micro-batches of the next step; whether a signal ended the waiting for them; why they are lost."""
@@ -149,13 +148,13 @@ class Job:
         values = _read(now.window, now.steps)
         values["images_per_s"] = now.clock.rate(now.images * world.world_size())
         now.window.clear()
-        self._report(values | self._data(now), now.epoch, number + 1)
+        self._report(values | self._data(now, number + 1), now.epoch, number + 1)
         if int(outcome.skipped_in_a_row) > self.context.settings.max_skipped_steps:
             self._give_up(now, number + 1, outcome)
         now.images, now.steps, now.reported = 0, 0, True
         now.suspects.clear()
 
-    def _data(self, now: _Counts) -> dict[str, float]:
+    def _data(self, now: _Counts, done: int) -> dict[str, float]:
         """Return what the log says of the data since the last line. Processes must call it together.
 
         No advice for an epoch's first line: its step waited for the workers to start or to fill up again.
@@ -165,7 +164,10 @@ class Job:
         share = waited / seconds
         if now.reported and share > 0.25:
             self.context.log.say_once(self.loader.advice(share))
-        return {"data_wait": share, "bad_images": self._bad.collect(self.context.device)}
+        return {"data_wait": share, "bad_images": self._count_bad(now, done)}
+
+    def _count_bad(self, now: _Counts, done: int) -> int:
+        return self.exits.count_bad(self.loader.dataset.bad, now.epoch, done, now.total)
 
     def _report(self, values: dict[str, float], epoch: int, done: int) -> None:
         shown = ("loss", "lr", "images_per_s", "data_wait", *self.shown)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from torch.utils.data import DataLoader
 
+from util.data.bad_images import BadImages, TooManyBadImages
 from util.distributed import world
 from util.distributed.signals import PREEMPTED, Interrupted, Preempted
 from util.training import loading, strategy_state
@@ -47,9 +48,7 @@ class Exits:
         if gone:
             self.fail(lost, epoch, step, averages())
         if spoiled:  # no step is made of the blank images that stand for the bad ones
-            if step:
-                self.save_now(epoch, step, averages())
-            self._bad.collect(self.context.device)
+            self.count_bad(self._bad, epoch, step, averages())
         if due:
             self.save(epoch, step, averages())
 
@@ -67,6 +66,15 @@ class Exits:
         self.save(epoch, step, averages)
         self.state.wait()
         self.context.agreement.maximum(0)  # the first process to leave makes the launcher end the others
+
+    def count_bad(self, bad: BadImages, epoch: int, step: int, averages: Averages) -> int:
+        """Name and count the bad images of all processes; save before `step` of `epoch` if too many end the run."""
+        try:
+            return bad.collect(self.context.device)
+        except TooManyBadImages:
+            if step:
+                self.save_now(epoch, step, averages)
+            raise
 
     def save_epoch(self, epoch: int) -> None:
         """Write checkpoint-last.pth after `epoch`; checkpoint-{epoch}.pth every `save_every_epochs` and at the end."""
