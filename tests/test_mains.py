@@ -167,6 +167,26 @@ def test_evaluation_numbers_the_classes_as_training_did(tmp_path, capsys):
     )
 
 
+def test_a_classifier_with_other_names_is_evaluated_in_the_order_of_the_folders(tmp_path, capsys):
+    """Hugging Face's have tench, LABEL_0 or 0 where a folder is n01440764."""
+    folder, run = write_pictures(tmp_path / "pictures", classes=3), tmp_path / "task"
+    (line,) = supervised(main_finetune, folder, run)
+    content = checkpoint.load(run / checkpoint.LAST)
+    checkpoint.save(tmp_path / "other.pth", content | {"classes": ["tench", "goldfish", "shark"]})
+    capsys.readouterr()
+    supervised(main_finetune, folder, run, "--eval", "--finetune", tmp_path / "other.pth")
+    said = capsys.readouterr().out
+    assert f"18 validation images: {line['test_acc1']:.2f}% (top 5 100.00%, loss {line['test_loss']:.4f})" in said
+    assert "in the same order: 'tench' is 'class0', ..., 'shark' is 'class2'" in said
+    for classes, lacking in ((["class0", "class1", "shark"], ["class2"]), (list("abcd"), ["class0", "class1"])):
+        checkpoint.save(tmp_path / "other.pth", content | {"classes": classes})
+        with pytest.raises(SystemExit):
+            supervised(main_finetune, folder, run, "--eval", "--finetune", tmp_path / "other.pth")
+        said = capsys.readouterr().err
+        assert f"other.pth: has {len(classes)} classes" in said
+        assert f"without {lacking}"[:-1] in said
+
+
 def test_flags_of_the_optimizer_count_when_a_run_continues(pictures, tmp_path):
     supervised(main_finetune, pictures, tmp_path, "--layer_decay", 0.75)
     supervised(main_finetune, pictures, tmp_path, "--layer_decay", 0.5, "--weight_decay", 0.9, "--epochs", 2)

@@ -50,11 +50,14 @@ def open_inputs(settings: SupervisedSettings, build: Build, multiple: int = 1) -
     if train is not None:
         check_several_classes(train)
     val = _open(settings, "val")
-    classes = train.classes if train is not None else tuple(content.get("classes", ())) or val.classes
-    val = val.relabelled(classes, f"--data_path {settings.data_path}")
-    if settings.nb_classes is not None and settings.nb_classes < len(classes):
-        raise ValueError(f"--nb_classes {settings.nb_classes}: the pictures have {len(classes)} classes")
-    num_classes = settings.nb_classes or len(classes)
+    if train is not None:
+        val = val.relabelled(train.classes, f"--data_path {settings.data_path}")
+    elif content.get("classes"):
+        val, unlike = _numbered_as(tuple(content["classes"]), val, start, settings)
+        notes += unlike
+    if settings.nb_classes is not None and settings.nb_classes < len(val.classes):
+        raise ValueError(f"--nb_classes {settings.nb_classes}: the pictures have {len(val.classes)} classes")
+    num_classes = settings.nb_classes or len(val.classes)
     with torch.device("meta"):
         model = build(num_classes, True)
     if train is not None:
@@ -100,6 +103,32 @@ def _start(settings: SupervisedSettings) -> tuple[str | Path | None, dict | None
     path, content = own or (named, checkpoint.load(named) if settings.resume else foreign.read(named))
     check_kinds(path, content, {"classes": list[str], "grid": list[int]})
     return path, content
+
+
+def _numbered_as(
+    classes: tuple[str, ...], val: ImageSet, start: str | Path, settings: SupervisedSettings
+) -> tuple[ImageSet, list[str]]:
+    """Return `val` with its classes numbered as those of the checkpoint `start`, and what is to be said about it.
+
+    Files of other libraries often have other names than the folders (`tench`, `LABEL_0` or `0` for `n01440764`).
+
+    Raises:
+        ValueError: `val` has a class that the checkpoint has not, and that is not because all names differ.
+    """
+    extra = sorted(set(val.classes) - set(classes))
+    if not extra:
+        return val.relabelled(classes, ""), []
+    where = f"--data_path {settings.data_path}"
+    if len(extra) == len(val.classes) == len(classes):
+        return val, [
+            f"{start}: names its classes otherwise than {where}; they are taken in the same order: {classes[0]!r} is "
+            f"{val.classes[0]!r}, ..., {classes[-1]!r} is {val.classes[-1]!r}"
+        ]
+    raise ValueError(
+        f"{start}: has {len(classes)} classes ({', '.join(classes[:3])}, ...) without {extra[:5]}, which val/ of "
+        f"{where} has; name the {len(val.classes)} classes there as in the checkpoint, or take images of those it was "
+        "trained on"
+    )
 
 
 def _check_classifier(path: str | Path, state: dict[str, torch.Tensor]) -> None:
