@@ -188,6 +188,8 @@ class Method(nn.Module):
         # Each size of micro-batch needs graphs of its own: an epoch ends with two others, a look at the model has more.
         # After torch's eight a run would end; that timm.optim lifts the limit is not to be relied on.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # It would cut graphs where DDP's buckets are full. Blocks are graphs of their own: gradients are sent in time.
+        torch._dynamo.config.optimize_ddp = False
         for module in self.modules():  # a teacher's model, too
             if isinstance(module, MaskedModel):
                 module.compile_blocks()

@@ -68,6 +68,17 @@ def test_one_step_is_eq_2_over_the_global_batch(steps, method):
     torch.testing.assert_close(values["loss"], values["whole_batch_loss"], rtol=1e-5, atol=1e-6)
 
 
+def test_compiled_blocks_stay_whole_under_ddp_and_compute_the_same(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launcher, ROOT / "tests" / "compile_worker.py", tmp_path / "results.pth"]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(), timeout=300)
+    assert result.returncode == 0, result.stderr
+    found = torch.load(tmp_path / "results.pth", weights_only=True)
+    assert found["compiled"] == pytest.approx(found["eager"], rel=1e-5)
+    blocks = [(graph.count("qkv_parameters_weight"), graph.count("fc2_parameters_weight")) for graph in found["graphs"]]
+    assert {block for block in blocks if any(block)} == {(1, 1)}
+
+
 def test_finetuning_on_two_processes_equals_one(pictures, tmp_path):
     """Same data order, same augmentation, same weights: the split into processes and micro-batches is invisible.
 
