@@ -53,6 +53,12 @@ class AttentionMaps:
             self._open = made_after, self.find(made_after)
         return on_device(self._open[1][index.numpy()].astype(np.float32), torch.float32, device)
 
+    def check(self, epoch: int, num_images: int) -> None:
+        """Raise ValueError if `epoch` is trained and its file is missing, or is of other images than `num_images`."""
+        made_after = self.made_after(epoch)
+        if made_after is not None and epoch < self.epochs:
+            self.find(made_after, num_images)
+
     def find(self, made_after: int, num_images: int | None = None) -> np.ndarray:
         """Open the file made after an epoch, memory-mapped. ValueError: it is missing or of other images."""
         name = _name(made_after)
@@ -60,7 +66,8 @@ class AttentionMaps:
         if path is None:
             raise ValueError(
                 f"{self.folders[0] / name}: there is no such file, but the masks need the attention maps made after "
-                f"epoch {made_after}; copy it from the folder of the checkpoint, or begin a new run with --finetune"
+                f"epoch {made_after}; copy it from the folder of the checkpoint, or begin a new run with --finetune (a "
+                f"schedule that ends after epoch {made_after} does not make them)"
             )
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -194,6 +194,14 @@ def test_a_run_too_short_for_maps_says_so(pictures, tmp_path, capsys):
     assert "no attention maps will be made: the first are due after epoch 1" in capsys.readouterr().out
 
 
+def test_a_finished_run_needs_no_maps_any_more_and_a_longer_schedule_those_it_left_out(pictures, tmp_path, capsys):
+    pretrain(pictures, tmp_path, *AMT, "--epochs", 3)
+    assert len(pretrain(pictures, tmp_path, *AMT, "--epochs", 3)) == 3
+    said = refusal(main_pretrain.main, flags(pictures, tmp_path, *AMT), capsys)
+    assert "attention_maps-2.npy: there is no such file" in said
+    assert "a schedule that ends after epoch 2 does not make them" in said
+
+
 def test_maps_that_are_missing_or_others_are_named(pictures, tmp_path, capsys):
     with injected([{"kind": "SIGTERM", "forward": 10}]):
         stopped(pictures, tmp_path, *AMT)
