@@ -71,13 +71,12 @@ def train(context: Context, inputs: Inputs) -> None:
 
     watcher = None
     if world.is_main() and (settings.eval_every or settings.vis_every):
-        size = method.model.patch_embed.img_size
-        watcher = monitor.Monitor(settings, method.strategy, method.normalize, size, context.log)
+        watcher = monitor.Monitor(settings, method, context.log)
     for epoch in job.epochs():
         stats = engine_pretrain.train_one_epoch(method, job, update, epoch)
         line = {f"train_{name}": value for name, value in stats.items()}
         if monitor.due(settings, epoch):
-            found = job.exits.look(epoch, job.averages, lambda epoch=epoch: watcher.look(method.model, epoch))
+            found = job.exits.look(epoch, job.averages, lambda epoch=epoch: watcher.look(epoch))
             line |= watcher.report(found, (epoch + 1) * len(loader)) if watcher is not None else {}
         context.log.epoch(line | {"epoch": epoch})
         job.exits.save_epoch(epoch)

@@ -26,6 +26,7 @@ class MaskedModel(nn.Module):
         norm_pix_loss: whether targets are normalised within each patch.
         has_decoder: whether it predicts pixels.
         trains_class_token: whether a loss is of the class token itself, so that it is worth classifying by.
+        has_mask_ratio: whether `mask_ratio` of the settings says how much is removed; otherwise its method draws that.
     """
 
     masking: Callable[..., Mask]
@@ -33,6 +34,7 @@ class MaskedModel(nn.Module):
     norm_pix_loss = False
     has_decoder = True
     trains_class_token = False
+    has_mask_ratio = True
 
     def set_masking(self, strategy: Callable[..., Mask]) -> None:
         """Mask with `strategy` from now on. It is no submodule, whatever it is: the state dict stays the same."""

@@ -45,6 +45,7 @@ class IBOTViT(MaskedModel):
 
     has_decoder = False
     trains_class_token = True
+    has_mask_ratio = False
 
     def __init__(
         self,

@@ -17,7 +17,8 @@ from util.ratios import exact_ratio
 STANDARD = ("salience", "masks", "rebuilt")
 COLUMNS = ("salience", "attention", "heads", "pca", "masks", "rebuilt")  # what can be drawn beside the image
 
-# What a strategy gets of what it may need: the end of the training, and the middle of what is drawn for a step.
+# What a strategy gets of what it may need, unless told otherwise: the end of the training, and the middle of what is
+# drawn for a step.
 _OFFERED = {"progress": 1.0, "draw": 0.5}
 
 
@@ -27,13 +28,17 @@ def drawable(strategy: masking.base.Strategy) -> bool:
 
 
 def choose_mask(
-    model: nn.Module, strategy: masking.base.Strategy, images: torch.Tensor, noise: torch.Tensor
+    model: nn.Module,
+    strategy: masking.base.Strategy,
+    images: torch.Tensor,
+    noise: torch.Tensor,
+    progress: float = _OFFERED["progress"],
 ) -> masking.Mask:
-    """Mask normalised images (N, C, H, W) by noise (N, L) as `strategy` does at the end of the training.
+    """Mask normalised images (N, C, H, W) by noise (N, L) as `strategy` does at `progress` of the training.
 
     Attention is that of `model`, and the images whole.
     """
-    offered = dict(_OFFERED)
+    offered = _OFFERED | {"progress": progress}
     if "attention" in masking.base.needs(strategy):
         offered["attention"] = model.class_attention(images)
     if "maps" in masking.base.needs(strategy):
@@ -99,6 +104,7 @@ def columns(
     rebuilt: str | None = None,
     seed: int = 0,
     names: Sequence[str] = STANDARD,
+    progress: float = _OFFERED["progress"],
 ) -> list[drawing.Column]:
     """Make the columns for `drawing.draw`: the image, and what `names` says.
 
@@ -111,6 +117,7 @@ def columns(
         rebuilt: name of the strategy whose mask is reconstructed; None for a model without a decoder.
         seed: of the noise.
         names: of `COLUMNS`, in the order in which they are drawn.
+        progress: share of the training that is over, for strategies that change.
     """
     device, grid = normalize.shift.device, model.patch_embed.grid_size
     normalized = normalize(pixels.to(device))
@@ -118,7 +125,10 @@ def columns(
     tokens = model.embed(normalized)
     noise = torch.rand(tokens.shape[:2], generator=torch.Generator().manual_seed(seed)).to(device)
     masked = {"masks", "rebuilt"} & set(names)
-    masks = {name: choose_mask(model, strategies[name], normalized, noise) for name in (strategies if masked else ())}
+    masks = {
+        name: choose_mask(model, strategies[name], normalized, noise, progress)
+        for name in (strategies if masked else ())
+    }
 
     def salience() -> list[drawing.Column]:
         maps = masking.token_salience(tokens, temperature).view(-1, *grid).cpu()
@@ -175,15 +185,26 @@ def reconstruct(
 
 @torch.no_grad()
 def salience_statistics(
-    model: nn.Module, images: torch.Tensor, strategy: masking.base.Strategy
+    model: nn.Module,
+    images: torch.Tensor,
+    strategy: masking.base.Strategy,
+    masks: masking.base.Strategy | None = None,
+    progress: float = _OFFERED["progress"],
 ) -> dict[str, torch.Tensor]:
     """Compute statistics (N,) of normalised images (N, C, H, W), one number for each.
+
+    Args:
+        model: in evaluation mode.
+        images: normalised.
+        strategy: of the run.
+        masks: what masks now, if it is not `strategy`, as in the warm-up.
+        progress: share of the training that is over.
 
     Returns:
         salient_share: share of tokens with salience above the strategy's `delta` (0.1 where it has none).
         salience_entropy: entropy of the salience, as shares that sum to 1, over that of equal shares: 1 is spread out,
             0 is all on one token. 1 for an image without salience.
-        mask_ratio: share of tokens that `strategy` removes, if it is `drawable`.
+        mask_ratio: share of tokens removed, if what masks is `drawable` and its ratio is not drawn by the method.
     """
     tokens = model.embed(images)
     salience = masking.token_salience(tokens, temperature_of(strategy))  # (N, L)
@@ -195,6 +216,7 @@ def salience_statistics(
         "salient_share": (salience > getattr(strategy, "delta", 0.1)).float().mean(dim=1),
         "salience_entropy": entropy,
     }
-    if drawable(strategy):
-        found["mask_ratio"] = choose_mask(model, strategy, images, noise).mask.float().mean(dim=1)
+    masks = masks or strategy
+    if drawable(masks) and model.has_mask_ratio:
+        found["mask_ratio"] = choose_mask(model, masks, images, noise, progress).mask.float().mean(dim=1)
     return found

@@ -20,9 +20,12 @@ from evaluation import drawing, features, figures
 from util.config import PretrainSettings
 from util.data import datasets, sources, transforms
 from util.training.log import RunLog
+from util.training.step import At
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from methods import Method
 
 # Enough for a trend, and a minute at most on a GPU: images whose features the monitors take.
 TRAIN_IMAGES, VAL_IMAGES, SHOWN_IMAGES = 20_000, 5_000, 6
@@ -97,39 +100,35 @@ class Look:
 
 @dataclass
 class Monitor:
-    """Looks at a model between epochs, on the first process only, and leaves no trace in the training.
+    """Looks at a method's model between epochs, on the first process only, and leaves no trace in the training.
 
     The other processes wait for it.
 
     Attributes:
         settings: of the run.
-        strategy: the run's masking.
-        normalize: pixels -> the model's input, on its device.
-        size: height and width of the model's images.
+        method: what is trained.
         log: where numbers and figures go.
     """
 
     settings: PretrainSettings
-    strategy: masking.base.Strategy
-    normalize: transforms.Normalize
-    size: tuple[int, int]
+    method: Method
     log: RunLog
     _sets: ImageSets = field(init=False)
 
     def __post_init__(self):
-        self._sets = open_sets(self.settings, self.size, TRAIN_IMAGES, VAL_IMAGES)
+        self._sets = open_sets(self.settings, self.method.model.patch_embed.img_size, TRAIN_IMAGES, VAL_IMAGES)
         self._named: set[str] = set()
         if self._sets.train is None and self.settings.eval_every:
             self.log.say(f"no k-NN accuracy of the monitors: {self._sets.without_labels}")
 
-    def look(self, model: nn.Module, epoch: int) -> Look:
+    def look(self, epoch: int) -> Look:
         """Find what is due after `epoch`. Writes nothing, so that it can be broken off at any moment."""
         found = Look()
-        with undisturbed(model):
+        with undisturbed(self.method.model):
             if is_due(self.settings.eval_every, epoch, self.settings.last_epoch):
-                found = self.evaluate(model)
+                found = self.evaluate(epoch)
             if is_due(self.settings.vis_every, epoch, self.settings.last_epoch):
-                found.pictures = self.pictures(model)
+                found.pictures = self.pictures(epoch)
         return found
 
     def report(self, found: Look, step: int) -> dict:
@@ -141,37 +140,47 @@ class Monitor:
         if found.mask_ratios is not None:
             self.log.histogram("monitor/mask_ratio", found.mask_ratios, step)
             line |= {"monitor_mask_ratio_histogram": ratio_histogram(found.mask_ratios)}
+        if found.values:
             line |= {"monitor_bad_images": self._name_bad()}
         return line
 
-    def evaluate(self, model: nn.Module) -> Look:
-        """Measure k-NN accuracy where there are labels, RankMe, salience."""
-        val = self._features(model, self._sets.val)
+    def evaluate(self, epoch: int) -> Look:
+        """Measure k-NN accuracy where there are labels, RankMe, salience and mask ratios, at the end of `epoch`."""
+        method, val = self.method, self._features(self._sets.val)
         values = {"rank_me": features.rank_me(val[0])}
         if self._sets.train is not None:
-            values["knn"] = features.knn_accuracy(self._features(model, self._sets.train), val)
-            if model.trains_class_token:
-                sets = (self._features(model, images, "cls") for images in (self._sets.train, self._sets.val))
+            values["knn"] = features.knn_accuracy(self._features(self._sets.train), val)
+            if method.model.trains_class_token:
+                sets = (self._features(images, "cls") for images in (self._sets.train, self._sets.val))
                 values |= features.class_token_accuracies(*sets)
-        found = salience_of_set(model, self._sets.val, self.normalize, self.strategy, self.settings.num_workers)
+        found = salience_of_set(
+            method.model,
+            self._sets.val,
+            method.normalize,
+            method.strategy,
+            self.settings.num_workers,
+            masks=method.strategy_at(At(0, epoch, self.settings.epochs)),  # which is random in the warm-up
+            progress=(epoch + 1) / self.settings.epochs,
+        )
         values |= {name: numbers.mean().item() for name, numbers in found.items()}
         return Look(values, found.get("mask_ratio"))
 
-    def pictures(self, model: nn.Module) -> dict[str, Figure]:
-        """Draw the fixed images as the model sees them now: under the masks, and by the encoder alone."""
-        images = self._sets.val
+    def pictures(self, epoch: int) -> dict[str, Figure]:
+        """Draw the fixed images as the model sees them after `epoch`: under the masks, and by the encoder alone."""
+        images, model, own = self._sets.val, self.method.model, self.method.strategy
         count = min(SHOWN_IMAGES, len(images))
         pixels = torch.stack([images[0, index * len(images) // count][0] for index in range(count)])
-        strategies = figures.standard_strategies(self.settings, self.strategy, model.num_patches)
-        rebuilt = figures.own_name(self.settings, self.strategy) if model.has_decoder else None
+        strategies = figures.standard_strategies(self.settings, own, model.num_patches)
+        rebuilt = figures.own_name(self.settings, own) if model.has_decoder else None
         draw = partial(
             figures.columns,
             model,
             pixels,
-            self.normalize,
+            self.method.normalize,
             strategies,
             rebuilt=rebuilt,
-            temperature=figures.temperature_of(self.strategy),
+            temperature=figures.temperature_of(own),
+            progress=(epoch + 1) / self.settings.epochs,
         )
         names = {"masks": figures.STANDARD, "encoder": ("attention", "heads", "pca")}
         return {name: drawing.draw(draw(names=shown)) for name, shown in names.items()}
@@ -191,11 +200,9 @@ class Monitor:
                     print(f"bad picture: {images.bad.describe(index)}; the monitors see the next one", file=sys.stderr)
         return count
 
-    def _features(
-        self, model: nn.Module, images: datasets.SeededImages, pool: str = "mean"
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        workers = self.settings.num_workers
-        return features.extract_features(model, images, self.normalize, pool=pool, num_workers=workers)
+    def _features(self, images: datasets.SeededImages, pool: str = "mean") -> tuple[torch.Tensor, torch.Tensor]:
+        model, workers = self.method.model, self.settings.num_workers
+        return features.extract_features(model, images, self.method.normalize, pool=pool, num_workers=workers)
 
 
 def salience_of_set(
@@ -204,11 +211,12 @@ def salience_of_set(
     normalize: transforms.Normalize,
     strategy: masking.base.Strategy,
     num_workers: int = 0,
+    **now,
 ) -> dict[str, torch.Tensor]:
-    """Compute `figures.salience_statistics` of all images of a set, (n,) each, on the CPU."""
+    """Compute `figures.salience_statistics`, which has `now`, of all images of a set: (n,) each, on the CPU."""
     found: dict[str, list[torch.Tensor]] = {}
     for pixels, _ in features.in_order(images, num_workers=num_workers):
-        batch = figures.salience_statistics(model, normalize(pixels.to(normalize.shift.device)), strategy)
+        batch = figures.salience_statistics(model, normalize(pixels.to(normalize.shift.device)), strategy, **now)
         for name, values in batch.items():
             found.setdefault(name, []).append(values.cpu())
     return {name: torch.cat(values) for name, values in found.items()}

@@ -157,7 +157,7 @@ def _rows(found: Exportable, args: dict, data_set: str | None) -> dict[str, Any]
     if "mask_ratio" in args:
         lines["method"] = _options(args.get("method", "mae"), args.get("method_args"))
         lines["mask"] = _options(args.get("masking", "random"), args.get("masking_args"))
-        lines["mask ratio"] = args["mask_ratio"]
+        lines["mask ratio"] = args["mask_ratio"] if getattr(found.model(), "has_mask_ratio", True) else None
     return lines | {"schedule": ", ".join(f"{key} {value}" for key, value in schedule.items())}
 
 

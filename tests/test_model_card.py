@@ -126,6 +126,7 @@ def test_the_example_of_every_encoder(tmp_path, monkeypatch, method):
         expected = model.encode(model.embed(variables["inputs"]["pixel_values"]), None)
     torch.testing.assert_close(variables["tokens"], expected, rtol=1e-5, atol=1e-5)
     assert "Not known: there was no log.txt with this epoch beside the checkpoint." in card.text
+    assert rows(card).get("mask ratio") == (None if method == "ibot" else "0.75")  # iBOT draws one for each view
 
 
 def test_a_data_set_of_the_hub_is_named_and_a_folder_is_not(untrained, tmp_path, monkeypatch):

@@ -15,10 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main_pretrain
 import masking
+import methods
 from evaluation import checkpoints, measure, monitor
-from methods import base
 from util.config import PretrainSettings
-from util.data import transforms
 from util.distributed import signals
 from util.training import checkpoint
 from util.training.log import RunLog
@@ -121,32 +120,55 @@ def watcher(settings, said=None):
     """A monitor that says its lines to `said`."""
     log = RunLog(None)
     log.say = (said if said is not None else []).append
-    normalize = transforms.Normalize(*base.channel_statistics(settings))
-    return monitor.Monitor(settings, base.create_strategy(settings), normalize, (16, 16), log)
+    return monitor.Monitor(settings, methods.from_settings(settings), log)
 
 
 def test_the_picture_shows_the_salience_of_the_run_s_temperature():
     args = {"masking": "sbam", "masking_args": ["temperature=9"], "dataset": "digits", "in_chans": 1}
     settings = PretrainSettings(model="mae_vit_mini_patch4", vis_every=1, **args)
-    model, looking = base.build_model(settings), watcher(settings)
-    figures = looking.look(model, 0).pictures
+    looking = watcher(settings)
+    figures = looking.look(0).pictures
     figure = figures["masks"]
     maps = [image.get_array() for axis in figure.axes for image in axis.images if image.get_array().shape == (4, 4)]
     images = looking._sets.val
     pixels = torch.stack([images[0, index * len(images) // 6][0] for index in range(6)])
-    expected = masking.token_salience(model.embed(looking.normalize(pixels)), 9.0)
+    expected = masking.token_salience(looking.method.model.embed(looking.method.normalize(pixels)), 9.0)
     torch.testing.assert_close(torch.tensor(np.stack(maps)).flatten(1), expected.detach())
     titles = ["image", "attention", "head 1", "head 2", "head 3", "PCA"]
     assert [axis.get_title() for axis in figures["encoder"].axes if axis.get_title()] == titles
+
+
+@pytest.mark.parametrize(
+    ("flags", "ratios"),
+    [
+        ({"masking": "schedule", "masking_args": ["end=0.25"]}, [0.5, 0.25]),
+        ({"masking": "schedule", "masking_args": ["end=0.25"], "masking_warmup_epochs": 1}, [0.75, 0.25]),
+        ({"masking": "hpm", "method": "hpm"}, [None, None]),  # its masks need what is learnt only in training
+        (
+            {"method": "ibot", "model": "ibot_vit_mini_patch4", "method_args": ["local_size=8"]},
+            [None, None],  # a ratio is drawn for each view
+        ),
+    ],
+    ids=["schedule", "warm-up", "hpm", "ibot"],
+)
+def test_the_mask_ratio_is_that_of_the_epoch_or_left_out(tmp_path, flags, ratios):
+    folder = write_pictures(tmp_path, per_class=2)
+    flags = {"model": "mae_vit_mini_patch4", "data_path": str(folder)} | flags
+    looking = watcher(PretrainSettings(epochs=2, eval_every=1, num_workers=0, **flags))
+    lines = [looking.report(looking.look(epoch), epoch) for epoch in range(2)]
+    assert [line.get("monitor_mask_ratio") for line in lines] == ratios
+    assert [line["monitor_bad_images"] for line in lines] == [0, 0]
+    opened = checkpoints.untrained(**{"name" if key == "model" else key: value for key, value in flags.items()})
+    assert measure.measure(opened, ("salience",)).get("mask_ratio") == ratios[1]
 
 
 def test_bad_pictures_and_missing_labels_are_said_once(tmp_path, capsys):
     folder, said = write_pictures(tmp_path), []
     (folder / "val" / "class0" / "1.jpg").write_text("no picture")
     settings = PretrainSettings(model="mae_vit_mini_patch4", data_path=str(folder), eval_every=1, num_workers=0)
-    looking, model = watcher(settings, said), base.build_model(settings)
+    looking = watcher(settings, said)
     for epoch in (0, 1):
-        line = looking.report(looking.look(model, epoch), epoch)
+        line = looking.report(looking.look(epoch), epoch)
         assert line["monitor_bad_images"] == 1
         assert "monitor_knn" in line
     error = capsys.readouterr().err
@@ -154,7 +176,7 @@ def test_bad_pictures_and_missing_labels_are_said_once(tmp_path, capsys):
     assert error.count("\n") == 1
     assert said == []
     (folder / "train" / "class1").rename(folder / "class1")
-    line = watcher(settings, said).look(model, 0)
+    line = watcher(settings, said).look(0)
     assert "knn" not in line.values
     assert len(said) == 1
     assert said[0].endswith("classes of val/ that train/ has not: ['class1']")
