@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +41,7 @@ GPU, PEAK, GPUS = "A6000", 154.8e12, 8  # FLOP/s of each, nominal: bf16, dense
 SHARE = 0.3
 IMAGENET = 1_281_167, 50_000  # images for training and for validation
 _BATCH = 2
+_COUNTED: dict[tuple, float] = {}  # of methods, encoders and classifiers; a count takes seconds
 # What decides the FLOPs, besides how many patches are kept and thrown.
 _DECISIVE = names_of_kind(PretrainSettings, "result") | {"grad_checkpointing"}
 _DECISIVE -= {"masking", "masking_args", "mask_ratio", "masking_warmup_epochs", "epochs", "warmup_epochs", "seed"}
@@ -50,14 +50,16 @@ _DECISIVE -= {"blr", "lr", "min_lr", "weight_decay", "clip_grad", "data_path", "
 
 def describe(runs: list[SweepRun]) -> list[str]:
     """Return lines that say what is left of `runs` costs, each step by its task, and what could not be counted."""
-    known, flops, number, failed, notes = {}, defaultdict(float), defaultdict(int), defaultdict(int), set()
+    found, flops, number, failed, notes = {}, defaultdict(float), defaultdict(int), defaultdict(int), set()
     for run in runs:
         for step in run.left():
             settings = step.settings or run.steps[0].settings
             try:
                 place = settings.dataset, settings.data_path, settings.in_chans
-                images, note = _once(known, place, lambda settings=settings: images_of(settings))
-                flops[step.task] += step_flops(step, run.steps[0].settings, images, known)
+                if place not in found:
+                    found[place] = images_of(settings)
+                images, note = found[place]
+                flops[step.task] += step_flops(step, run.steps[0].settings, images)
             except Exception as error:  # a method or mask of the user's own may fail in any way
                 failed[f"{step.task} ({type(error).__name__}: {error})"] += 1
                 continue
@@ -102,30 +104,29 @@ def images_of(settings: Settings) -> tuple[tuple[int, int], str]:
     return (train, val), f"on {train:,} + {val:,} images of {settings.data_path or settings.dataset}"
 
 
-def step_flops(step: Step, pretrain: PretrainSettings, images: tuple[int, int], known: dict) -> float:
+def step_flops(step: Step, pretrain: PretrainSettings, images: tuple[int, int]) -> float:
     """Count the FLOPs of one command of a sweep.
 
     Args:
         step: the command.
         pretrain: settings of the pre-training that it is or measures.
         images: numbers for training and for validation.
-        known: what was counted before, and is counted now.
     """
     if step.task == "pretrain":
-        return pretrain_flops(pretrain, images[0], known)
+        return pretrain_flops(pretrain, images[0])
     if step.task == "evaluate":
         asked = step.given.get("train_images"), step.given.get("val_images")
         seen = sum(min(number, wanted or number) for number, wanted in zip(images, asked, strict=True))
-        return seen * _once(known, ("encoder", *_key(pretrain)), lambda: encoder_flops(pretrain))
+        return seen * _once(("encoder", *_key(pretrain)), lambda: encoder_flops(pretrain))
     settings = step.settings
     key = step.task, settings.model, settings.size("input_size"), settings.size("patch_size"), settings.in_chans
     key += (getattr(settings, "probe_blocks", None), settings.pools)
-    forward = _once(known, key, lambda: classifier_flops(settings))
+    forward = _once(key, lambda: classifier_flops(settings))
     passes = 1 if step.task == "linprobe" else 4 if settings.grad_checkpointing else 3  # the probed encoder is frozen
     return (settings.last_epoch + 1) * forward * (passes * images[0] + images[1])
 
 
-def pretrain_flops(settings: PretrainSettings, num_images: int, known: dict) -> float:
+def pretrain_flops(settings: PretrainSettings, num_images: int) -> float:
     """Count the FLOPs of a pre-training up to its last epoch, its random epochs and its attention maps included."""
     epochs = settings.last_epoch + 1
     random = min(settings.masking_warmup_epochs, epochs)
@@ -134,17 +135,17 @@ def pretrain_flops(settings: PretrainSettings, num_images: int, known: dict) -> 
         if number:
             mask = FixedCounts.of(method, At(0, float(epoch), settings.epochs))
             key = "method", mask, *_key(settings)
-            total += number * num_images * _once(known, key, lambda mask=mask: method_flops(settings, mask))
+            total += number * num_images * _once(key, lambda mask=mask: method_flops(settings, mask))
     if method.maps is not None:
         looks = sum(method.maps.due(epoch) for epoch in range(epochs))
-        total += looks * num_images * _once(known, ("encoder", *_key(settings)), lambda: encoder_flops(settings))
+        total += looks * num_images * _once(("encoder", *_key(settings)), lambda: encoder_flops(settings))
     return total
 
 
-def _once(known: dict, key: tuple, count: Callable[[], Any]) -> Any:
-    if key not in known:
-        known[key] = count()
-    return known[key]
+def _once(key: tuple, count: Callable[[], float]) -> float:
+    if key not in _COUNTED:
+        _COUNTED[key] = count()
+    return _COUNTED[key]
 
 
 def _key(settings: PretrainSettings) -> tuple:

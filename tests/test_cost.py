@@ -81,9 +81,9 @@ def test_random_epochs_thrown_patches_and_attention_maps():
     assert thrown < cost.method_flops(settings, cost.FixedCounts(4)) < random
     encoder = cost.encoder_flops(settings)
     expected = 3 * random + 7 * thrown + 4 * encoder  # maps after epochs 2, 4, 6, 8
-    assert cost.pretrain_flops(settings, 100, {}) == pytest.approx(100 * expected)
+    assert cost.pretrain_flops(settings, 100) == pytest.approx(100 * expected)
     settings.stop_after_epoch = 4
-    assert cost.pretrain_flops(settings, 100, {}) == pytest.approx(100 * (3 * random + 2 * thrown + 2 * encoder))
+    assert cost.pretrain_flops(settings, 100) == pytest.approx(100 * (3 * random + 2 * thrown + 2 * encoder))
 
 
 def test_adaptive_ratios_count_as_the_base_ratio_and_cells_as_their_patches():
