@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     with cli.exit_on_user_error():
         inputs = open_inputs(settings, build, multiple)
         make_transform(settings, (32, 32))
-    with Context.start(settings, lambda: find_start(settings, inputs, build, multiple)) as context:
+    with Context.start(settings, inputs.images, lambda: find_start(settings, inputs, build, multiple)) as context:
         train(context, inputs, build)
 
 

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = cli.parse(PretrainSettings, argv)
     with cli.exit_on_user_error():
         inputs = check(settings)
-    with Context.start(settings, lambda: find_start(settings, inputs)) as context:
+    with Context.start(settings, {"training": inputs.images}, lambda: find_start(settings, inputs)) as context:
         train(context, inputs)
 
 

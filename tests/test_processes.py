@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from faults import injected
-from helpers import environment, log_lines
+from helpers import environment, log_lines, write_pictures
 from runs import assert_same_run, content, flags, pretrain, stopped, torchrun
 
 from util.training import lock
@@ -44,6 +45,36 @@ def test_processes_that_find_different_checkpoints_do_not_train(pictures, tmp_pa
     assert result.returncode != 0
     assert "the processes found different checkpoints there, of step 0 and of step 7" in result.stderr
     assert content(tmp_path / "0")["step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: (folder / "val/class0/0.jpg").unlink(), "has 11 validation images and another process 12;"),
+        (
+            lambda folder: (folder / "train/class0/0.jpg").rename(folder / "train/class1/6.jpg"),
+            "has 12 training images and another process as many of other names, labels or classes;",
+        ),
+    ],
+)
+def test_processes_that_find_different_images_do_not_train(tmp_path, spoil, said):
+    """Each machine reads a copy of its own, as from a local disk."""
+    for rank in range(2):
+        write_pictures(tmp_path / str(rank) / "images")
+    spoil(tmp_path / "1" / "images")
+    script = tmp_path / "local_folders.py"
+    script.write_text(
+        "import os, sys, main_finetune\n"
+        f"os.chdir(r'{tmp_path}/' + os.environ['RANK'])\n"
+        "main_finetune.main(sys.argv[1:])\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script]
+    given = ["--data_path", "images", "--model", "vit_mini_patch4", "--batch_size", 2, "--output_dir", tmp_path / "run"]
+    result = subprocess.run([*map(str, [*launcher, *given])], capture_output=True, text=True, env=environment())
+    assert result.returncode != 0
+    assert result.stderr.count("error: ") == 1, result.stderr
+    assert f"error: --data_path images: {socket.gethostname()} {said}" in result.stderr
+    assert not list((tmp_path / "run").glob("*.pth"))
 
 
 def test_a_killed_launcher_a_killed_worker_and_nan_on_one_rank_change_nothing(pictures, tmp_path):

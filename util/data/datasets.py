@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -62,6 +63,13 @@ class ImageSet:
     def digest(self) -> str | None:
         """Return a hash of the ordered names of the images, as far as the source knows them."""
         return names.digest(self.source)
+
+    @property
+    def fingerprint(self) -> int:
+        """Return a number of 56 bits, which other names, labels or classes change."""
+        known = repr((len(self), self.digest, self.classes)).encode()
+        labels = np.asarray(self.labels, dtype=np.int64).tobytes()
+        return int.from_bytes(hashlib.blake2b(known + labels, digest_size=7).digest(), "big")
 
     def relabelled(self, classes: tuple[str, ...], where: str) -> ImageSet:
         """Return the same validation images, their classes numbered as in `classes`.

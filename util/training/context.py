@@ -47,11 +47,12 @@ class Context:
     log: RunLog = field(init=False)
 
     @staticmethod
-    def start(settings: Settings, find_start: Callable[[], dict | None]) -> Context:
+    def start(settings: Settings, images: dict[str, ImageSet], find_start: Callable[[], dict | None]) -> Context:
         """Lock the folder, join the other processes, find what to continue from, write config.yaml.
 
         Args:
             settings: what was asked for.
+            images: by their title, which all processes must have found alike.
             find_start: returns the checkpoint to continue, or None; called once nobody else writes to the folder.
                 ValueError: the run cannot start from what there is.
         """
@@ -65,6 +66,8 @@ class Context:
             torch.set_float32_matmul_precision("high")  # TF32 for what is neither autocast nor salience
         amp, agreement = precision.resolve_amp(settings.amp, device), Agreement(settings.dist_timeout)
         try:
+            for title, found in images.items():
+                start.check_same_images(settings, found, title, agreement)
             content = start.together(agreement, find_start)
             start.check_same(settings, content, agreement)
             context = Context(settings, device, amp, content, agreement, Signals(), locked)

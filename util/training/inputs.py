@@ -28,6 +28,12 @@ class Inputs:
     weights: dict[str, torch.Tensor] | None = None  # part of a checkpoint to start from; with --eval all of it
     notes: list[str] = field(default_factory=list)  # for the log
 
+    @property
+    def images(self) -> dict[str, ImageSet]:
+        """Return the images, by what they are for."""
+        named = {"training": self.train, "validation": self.val}
+        return {title: images for title, images in named.items() if images is not None}
+
 
 Build = Callable[[int, bool], VisionTransformer]
 

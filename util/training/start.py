@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import tempfile
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import IO, NoReturn, TypeVar
 
 from util.config import Settings
+from util.data.datasets import ImageSet
 from util.distributed import world
 from util.distributed.agreement import Agreement
 from util.training import lock
@@ -62,6 +64,22 @@ def check_same(settings: Settings, content: dict | None, agreement: Agreement) -
             f"{max(-first, 0)} and of step {last}; name a folder that all machines share"
         )
         _refuse(agreement, sentence if world.is_main() else "")
+
+
+def check_same_images(settings: Settings, images: ImageSet, title: str, agreement: Agreement) -> None:
+    """End all processes if they did not find the same images: each would draw its share from another list."""
+    count, number = len(images), images.fingerprint
+    most, fewest, last, first = agreement.maximum(count, -count, number, -number)
+    if last == -first:
+        return
+    teller = -agreement.maximum(-world.rank() if count == -fewest else -world.world_size())[0]
+    where = f"--data_path {settings.data_path}" if settings.data_path else f"--dataset {settings.dataset}"
+    others = f"another process {most}" if most > count else "another process as many of other names, labels or classes"
+    sentence = (
+        f"{where}: {socket.gethostname()} has {count} {title} images and {others}; give all machines the same copy, or "
+        "a folder that they share"
+    )
+    _refuse(agreement, sentence if world.rank() == teller else "")
 
 
 def _refuse(agreement: Agreement, sentence: str) -> NoReturn:
