@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +91,23 @@ class AttentionMaps:
             maps = masking.attention_map(attention.float()).view(-1, *self.grid)
             mine.append(maps.half().cpu().numpy())
         model.train(training)
-        with files.replacing(part) as file:
-            np.save(file, np.concatenate(mine), allow_pickle=False)
-        images.together()
-        if world.is_main():
-            self._join(epoch, len(images))
-        images.together()
+        images.together(self._try(self._write, part, np.concatenate(mine)))
+        images.together(self._try(self._join, epoch, len(images)) if world.is_main() else "")
+
+    def _try(self, write: Callable[..., None], *arguments) -> str:
+        """Call `write`; return why it failed, or nothing."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            return (
+                f"--output_dir {self.folders[0]}: the attention maps could not be written ({error}); make room or mend "
+                "the disk, which several machines must share, and run the same command again"
+            )
+        return ""
+
+    def _write(self, path: Path, maps: np.ndarray) -> None:
+        with files.replacing(path) as file:
+            np.save(file, maps, allow_pickle=False)
 
     def _join(self, epoch: int, num_images: int) -> None:
         """Put the parts of all processes together; forget files that no checkpoint can need any more."""

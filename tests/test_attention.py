@@ -189,6 +189,28 @@ def test_two_processes_make_the_same_maps(pictures, tmp_path):
     np.testing.assert_allclose(one.astype(np.float32), two.astype(np.float32), atol=2e-3)
 
 
+@pytest.mark.parametrize(("processes", "name"), [(1, "attention_maps-1.npy"), (2, "attention_maps-1.npy.part1")])
+def test_maps_that_cannot_be_written_end_all_processes_with_one_sentence(pictures, tmp_path, capsys, processes, name):
+    """A folder that has the file's name stands for a full disk: root may write anywhere."""
+    (tmp_path / name).mkdir(parents=True)
+    given = [*AMT, "--epochs", 3, "--effective_batch_size", 4, "--batch_size", 4 // processes]
+    if processes == 1:
+        with pytest.raises(SystemExit) as stop:
+            pretrain(pictures, tmp_path, *given)
+        assert stop.value.code == 1
+        said = capsys.readouterr().err
+    else:
+        result = torchrun(pictures, tmp_path, [], *given)
+        assert result.returncode
+        said = result.stderr
+        assert "IsADirectoryError" not in said
+    assert said.count(f"--output_dir {tmp_path}: the attention maps could not be written ([Errno 21]") == 1
+    saved = content(tmp_path)
+    assert (saved["epoch"], saved["step"]) == (0, 6)
+    (tmp_path / name).rmdir()
+    assert len(pretrain(pictures, tmp_path, *given)) == 3
+
+
 def test_a_run_too_short_for_maps_says_so(pictures, tmp_path, capsys):
     pretrain(pictures, tmp_path, *AMT, "--epochs", 2)
     assert "no attention maps will be made: the first are due after epoch 1" in capsys.readouterr().out

@@ -70,8 +70,11 @@ class WholeSet:
                 log.progress(title, number, rounds, {})
         bad.collect(self._context.device)
 
-    def together(self) -> None:
-        """Wait for all processes; leave with them if one was asked to stop."""
+    def together(self, problem: str = "") -> None:
+        """Wait for all processes; leave with them if one was asked to stop, end with them if one has a `problem`."""
         agreement, received = self._context.agreement, self._context.signals.received
-        if agreement.maximum(received is not None)[0]:
+        stop, failed = agreement.maximum(received is not None, bool(problem))
+        if stop:
             self._exits.leave(self._epoch, self._steps, self._averages)
+        if failed:
+            self._exits.fail(problem, self._epoch, self._steps, self._averages)
