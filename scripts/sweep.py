@@ -17,7 +17,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -232,37 +231,10 @@ def shares(parallel: int, ngpus: int) -> list[dict[str, str]]:
     return [common | {"CUDA_VISIBLE_DEVICES": groups[place % len(groups)]} for place in range(parallel)]
 
 
-class ClusterJob:
-    """What submitit runs: this script again, for one run. Pickled by value, and the same whenever the job starts again.
-
-    Attributes:
-        command: the script's.
-        saving_s: how long the run may take to save once it is told to stop.
-    """
-
-    def __init__(self, command: list[str], saving_s: float):
-        self.command, self.saving_s, self.root = command, saving_s, str(ROOT)
-
-    def __call__(self) -> None:
-        """Do the run. Queue the job again if it was stopped; leave with the run's exit status if it failed."""
-        sys.path.insert(0, self.root)
-        from util.distributed import slurm
-
-        told: list[float] = []  # when; the run gets the signals, too: it saves, or ends by them while it imports
-        for number in (signal.SIGTERM, signal.SIGUSR2):
-            signal.signal(number, lambda number, frame: told.append(time.monotonic()))
-        process = subprocess.Popen(self.command)
-        while (status := process.poll()) is None and not (told and time.monotonic() > told[0] + self.saving_s):
-            time.sleep(0.2)
-        stopped = status == slurm.PREEMPTED or (told and status != 0)
-        if status != 0 and not (stopped and slurm.requeue(slurm.own_number())):
-            sys.exit(status or slurm.PREEMPTED)
-
-
 def submit(runs: list[trial.SweepRun], given: argparse.Namespace, folder: Path) -> None:
     """Submit one job array; with `--parallel`, at most so many jobs at a time. ValueError: SLURM refuses it."""
     saving_s = 0.8 * slurm.warning_seconds(given.timeout)
-    jobs = [ClusterJob(command(given, run), saving_s) for run in runs]
+    jobs = [submission.Command(command(given, run), str(ROOT), saving_s) for run in runs]
     values = submission.parameters(given, "sweep", tasks=1, cores=given.cpus_per_task * given.ngpus)
     submission.submit(jobs, folder.resolve(), values | {"array_parallelism": given.parallel or len(runs)})
     print(f"submitted {len(jobs)} jobs; logs in {folder}; the same command with --gather makes the table")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -94,6 +96,81 @@ def test_the_effective_batch_is_checked_for_all_processes_of_the_job(tmp_path, c
     assert "WORLD_SIZE" not in os.environ
 
 
+SAVING = """
+import pathlib, signal, sys, time
+def save(number, frame):
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    sys.exit(75)
+for number in (signal.SIGTERM, signal.SIGUSR2):
+    signal.signal(number, save)
+pathlib.Path("begun").touch()
+time.sleep(60)
+"""
+# Runs a command as a job, and sends a signal to all its processes, as SLURM does.
+AS_SLURM_DOES = """
+import os, pathlib, sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from util.distributed import submission
+job = submission.Command(sys.argv[4:], sys.argv[1], float(sys.argv[3]))
+def warn():
+    while not pathlib.Path("begun").exists():
+        time.sleep(0.05)
+    os.killpg(0, int(sys.argv[2]))
+threading.Thread(target=warn, daemon=True).start()
+job()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "saving_s", "code", "again", "saved"),
+    [
+        (signal.SIGUSR2, 30, SAVING, ["requeue 7_1"], True),  # at the time limit
+        (signal.SIGTERM, 30, SAVING, ["requeue 7_1"], True),  # preempted
+        (
+            signal.SIGUSR2,
+            0.1,
+            SAVING.replace("(1)", "(60)"),
+            ["requeue 7_1"],
+            False,
+        ),  # a run that takes too long to save
+        (signal.SIGUSR2, 30, "open('begun', 'w'); import time; time.sleep(60)", ["requeue 7_1"], False),  # it imports
+        (0, 30, "import sys; sys.exit(3)", [], False),
+        (0, 30, "", [], False),
+    ],
+)
+def test_a_job_that_slurm_stops_waits_for_its_command_and_is_queued_again(
+    scontrol, tmp_path, number, saving_s, code, again, saved
+):
+    asked = scontrol("JobState=RUNNING Reason=None")
+    command = [sys.executable, "-c", AS_SLURM_DOES, str(ROOT), str(int(number)), str(saving_s)]
+    variables = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
+    job = subprocess.Popen(
+        [*command, sys.executable, "-c", code], env=os.environ | variables, cwd=tmp_path, start_new_session=True
+    )
+    status = job.wait(timeout=60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.pid, signal.SIGKILL)
+    assert status == (3 if "exit(3)" in code else 0)
+    assert [line for line in asked.read_text().splitlines() if line.startswith("requeue")] == again
+    assert (tmp_path / "saved").exists() == saved
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """Let a stand-in describe a job, and note what it is asked in the file that is returned."""
+
+    def stand_in(description):
+        asked, command = tmp_path / "asked", tmp_path / "scontrol"
+        asked.touch()
+        command.write_text(f'#!/bin/bash\necho "$*" >>{asked}\n[[ $1 = show ]] && echo "{description}" || :\n')
+        command.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return asked
+
+    return stand_in
+
+
 @pytest.mark.parametrize(
     ("description", "ours"),
     [
@@ -104,14 +181,9 @@ def test_the_effective_batch_is_checked_for_all_processes_of_the_job(tmp_path, c
         ("JobId=7 JobState=PENDING Reason=BeginTime Restarts=1", False),
     ],
 )
-def test_which_jobs_are_queued_again(description, ours, tmp_path, monkeypatch):
-    """The descriptions are those of SLURM 22.05; a stand-in answers with them and notes what it is asked."""
-    asked = tmp_path / "asked"
-    (tmp_path / "scontrol").write_text(
-        f'#!/bin/bash\necho "$*" >>{asked}\n[[ $1 = show ]] && echo "{description}" || :\n'
-    )
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+def test_which_jobs_are_queued_again(description, ours, scontrol):
+    """The descriptions are those of SLURM 22.05."""
+    asked = scontrol(description)
     assert slurm.requeue("7")
     assert ("requeue 7" in asked.read_text().splitlines()) == ours
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import runpy
 import shlex
@@ -270,66 +269,6 @@ def test_a_mistake_with_slurm_is_one_sentence(slurm, tmp_path, capsys):
 )
 def test_a_flag_that_cannot_work_is_one_sentence(tmp_path, capsys, flags, message):
     assert message in refusal(script(), [write(tmp_path), *flags], capsys)
-
-
-SAVING = """
-import pathlib, signal, sys, time
-def save(number, frame):
-    time.sleep(1)
-    pathlib.Path("saved").touch()
-    sys.exit(75)
-for number in (signal.SIGTERM, signal.SIGUSR2):
-    signal.signal(number, save)
-pathlib.Path("begun").touch()
-time.sleep(60)
-"""
-# Runs a job of a sweep, which has its own signal handlers, and passes a signal on to what it runs, as SLURM does.
-AS_SLURM_DOES = """
-import os, pathlib, runpy, signal, sys, threading, time
-job = runpy.run_path(sys.argv[1], run_name="sweep")["ClusterJob"](sys.argv[4:], float(sys.argv[3]))
-def warn():
-    while not pathlib.Path("begun").exists():
-        time.sleep(0.05)
-    os.killpg(0, int(sys.argv[2]))
-threading.Thread(target=warn, daemon=True).start()
-job()
-"""
-
-
-@pytest.mark.parametrize(
-    ("number", "saving_s", "code", "again", "saved"),
-    [
-        (signal.SIGUSR2, 30, SAVING, ["requeue 7_1"], True),  # at the time limit
-        (signal.SIGTERM, 30, SAVING, ["requeue 7_1"], True),  # preempted
-        (
-            signal.SIGUSR2,
-            0.1,
-            SAVING.replace("(1)", "(60)"),
-            ["requeue 7_1"],
-            False,
-        ),  # a run that takes too long to save
-        (signal.SIGUSR2, 30, "open('begun', 'w'); import time; time.sleep(60)", ["requeue 7_1"], False),  # it imports
-        (0, 30, "import sys; sys.exit(3)", [], False),
-        (0, 30, "", [], False),
-    ],
-)
-def test_a_job_that_slurm_stops_waits_for_its_run_and_is_queued_again(
-    slurm, tmp_path, number, saving_s, code, again, saved
-):
-    asked = tmp_path / "asked"
-    asked.touch()
-    slurm("scontrol", f'echo "$*" >>{asked}\nif [ $1 = show ]; then echo JobState=RUNNING Reason=None; fi')
-    command = [sys.executable, "-c", AS_SLURM_DOES, str(ROOT / "scripts/sweep.py"), str(int(number)), str(saving_s)]
-    variables = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "1"}
-    job = subprocess.Popen(
-        [*command, sys.executable, "-c", code], env=os.environ | variables, cwd=tmp_path, start_new_session=True
-    )
-    status = job.wait(timeout=60)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(job.pid, signal.SIGKILL)
-    assert status == (3 if "exit(3)" in code else 0)
-    assert [line for line in asked.read_text().splitlines() if line.startswith("requeue")] == again
-    assert (tmp_path / "saved").exists() == saved
 
 
 def test_who_waits_for_torchrun_outlives_the_signals_that_it_gets():

@@ -6,7 +6,10 @@ import argparse
 import contextlib
 import io
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +62,35 @@ def parameters(given: argparse.Namespace, name: str, tasks: int, cores: int) -> 
     if given.mem is not None:
         values["mem"] = f"{given.mem}GB"
     return values | {flag: getattr(given, flag) for flag in TEXTS if getattr(given, flag)}
+
+
+class Command:
+    """A job that runs a command in one process, and is queued again where SLURM stops it.
+
+    Attributes:
+        command: saves and leaves with status `slurm.PREEMPTED` when told to stop, and continues when it is started
+            again. SLURM's signals go to all processes of a job, so it gets them, too.
+        root: the project's folder.
+        saving_s: how long the command may take to save.
+    """
+
+    def __init__(self, command: list[str], root: str, saving_s: float):
+        self.command, self.root, self.saving_s = command, root, saving_s
+
+    def __call__(self) -> None:
+        """Run it. Leave with its exit status if it failed."""
+        sys.path.insert(0, self.root)
+        from util.distributed import slurm  # where the job starts, the one above is not there
+
+        told: list[float] = []
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, lambda number, frame: told.append(time.monotonic()))
+        process = subprocess.Popen(self.command)
+        while (status := process.poll()) is None and not (told and time.monotonic() > told[0] + self.saving_s):
+            time.sleep(0.2)
+        stopped = status == slurm.PREEMPTED or (told and status != 0)  # one that still imports ends by the signal
+        if status != 0 and not (stopped and slurm.requeue(slurm.own_number())):
+            sys.exit(status or slurm.PREEMPTED)
 
 
 def submit(jobs: list[Callable], folder: Path, values: dict, dry_run: bool = False) -> list[str]:
