@@ -278,9 +278,9 @@ def test_evaluation_is_a_centre_crop(size):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8))
     result = transforms.evaluation_transform(size, None)(picture)
     assert result.shape == (3, *size)
-    if size == (32, 32):
-        resized = F.resize(picture, int(32 / 0.875), F.InterpolationMode.BICUBIC)
-        assert torch.equal(result, F.pil_to_tensor(F.center_crop(resized, 32)))
+    shape = (36, 48) if size == (32, 32) else (34, 45)  # 60 x 80 just over the size / 0.875
+    resized = F.resize(picture, shape, F.InterpolationMode.BICUBIC)
+    assert torch.equal(result, F.pil_to_tensor(F.center_crop(resized, size)))
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])

@@ -19,7 +19,7 @@ import masking
 import models_vit
 from evaluation import checkpoints, measure
 from methods import At, Inputs, SimMIM
-from models_simmim import SimMIMViT, simmim_vit_base_patch16
+from models_simmim import SimMIMViT, simmim_vit_base_patch16, simmim_vit_mini_patch4
 from scripts import export
 from util import optim
 from util.training import checkpoint, fitting
@@ -223,6 +223,19 @@ def test_a_classifier_computes_what_the_encoder_does(trained, input_size):
     if input_size == 16:
         encoder = checkpoints.open_checkpoint(trained).model
         torch.testing.assert_close(encoder.norm(found), encoder.encode(encoder.embed(images), None))
+
+
+@pytest.mark.parametrize(("old", "new"), [((2, 4), (4, 4)), ((4, 2), (2, 4)), ((4, 4), (2, 4)), ((4, 4), (8, 8))])
+def test_position_biases_are_resized_from_any_grid(old, new):
+    """The table as an image (heads, rows, columns), and three numbers for the class token, which stay."""
+    source = simmim_vit_mini_patch4(img_size=(4 * old[0], 4 * old[1]))
+    table = torch.randn_like(source.rel_pos_bias.relative_position_bias_table)
+    state = source.state_dict() | {"rel_pos_bias.relative_position_bias_table": table}
+    model = models_vit.create_model("simmim_vit_mini_patch4", num_classes=2, img_size=(4 * new[0], 4 * new[1]))
+    found = fitting.fit_classifier(model, state, old)["blocks.3.attn.relative_position_bias_table"]
+    heads, sides, target = table.shape[1], [2 * side - 1 for side in old], [2 * side - 1 for side in new]
+    image = timm.layers.resize_rel_pos_bias_table(table[:-3].T.reshape(heads, *sides), new, (heads, *target))
+    torch.testing.assert_close(found, torch.cat([image.flatten(1).T, table[-3:]]))
 
 
 @pytest.mark.parametrize("main", [main_finetune, main_linprobe])
