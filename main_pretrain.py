@@ -91,6 +91,8 @@ def check(settings: PretrainSettings) -> Inputs:
         method = methods.from_settings(settings)
     images = datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans, settings.loader)
     step_plan(settings, len(images), joins=method.accumulates)
+    for name in settings.needs_pictures:
+        images.check_pictures(f"--{name}", "drop one")
     if method.changes_colours and images.dtype not in (None, np.uint8):
         raise ValueError(
             f"--method {settings.method}: changes the colours of 8-bit images, and those of {settings.data_path} are "

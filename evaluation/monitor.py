@@ -67,6 +67,7 @@ def open_sets(
     transform = transforms.evaluation_transform(size, crop_pct)
 
     def subset(images: datasets.ImageSet, most: int) -> datasets.SeededImages:
+        images.check_pictures(f"--dataset {name}", "the model can be trained further and exported")
         chosen = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(int)
         source = sources.Chosen(images.source, chosen.tolist())
         images = dataclasses.replace(images, source=source, labels=images.labels[chosen])

@@ -13,17 +13,19 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from helpers import write_pictures
+from helpers import refusal, write_pictures
 from PIL import Image
 from timm.data import create_transform
 from torchvision.transforms import functional as F
 
 import main_finetune
 import main_pretrain
+from evaluation import checkpoints, measure
 from util.config import FinetuneSettings
 from util.data import datasets, decode, resize, sources, tar_shards, transforms
 from util.data.crop import SingleDrawResizedCrop
 from util.data.datasets import SeededImages
+from util.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,23 @@ def test_arrays_in_shards_may_have_any_channels(tmp_path, folder, capsys):
     flags += ["--dataset", "wds", "--data_path", place, "--in_chans", 12, "--max_bad_images", 0.5, "--device", "cpu"]
     main_pretrain.main([*map(str, flags), "--output_dir", str(tmp_path / "run")])
     assert "b.jpg: cannot be decoded" in capsys.readouterr().err
+
+
+def test_arrays_that_pillow_cannot_resize_are_refused_where_it_would(tmp_path, capsys):
+    bands = {f"{number}.npy": np.ones((20, 20, 3), dtype=np.float32) for number in range(4)}
+    classes = {f"{number}.cls": str(number % 2).encode() for number in range(4)}
+    write_shard(tmp_path / "shards" / "train-0.tar", bands | classes)
+    place = write_shard(tmp_path / "shards" / "val-0.tar", bands | classes)
+    data = ["--dataset", "wds", "--data_path", place, "--output_dir", tmp_path / "run", "--num_workers", 0]
+    model = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--epochs", 0]
+    for flag in (["--eval_every", 1], ["--vis_every", 1], ["--exact_resize"]):
+        said = refusal(main_pretrain.main, [*data, *model, *flag], capsys)
+        assert f"{flag[0]}: resizes with Pillow, which cannot take float32 arrays of 3 channels" in said
+    main_pretrain.main([*map(str, [*data, *model])])
+    assert "--dataset wds: resizes with Pillow" in refusal(main_finetune.main, data, capsys)
+    opened = checkpoints.open_checkpoint(tmp_path / "run" / checkpoint.LAST)
+    with pytest.raises(ValueError, match="--dataset wds: resizes with Pillow"):
+        measure.measure(opened, ("rank_me",))
 
 
 def test_a_class_without_a_name_is_named(tmp_path, folder):

@@ -237,17 +237,22 @@ class PretrainSettings(Settings):
             raise ValueError(f"--decode_ratio {self.decode_ratio}: must be above 0 and at most 1")
         self._check_minimum(0, "masking_warmup_epochs")
         self._check_minimum(1, "eval_every", "vis_every")
-        for name in ("exact_resize", "eval_every", "vis_every"):
-            if getattr(self, name) and self.loader is not None:
+        for name in self.needs_pictures:
+            if self.loader is not None:
                 raise ValueError(
                     f"--{name}: resizes with Pillow, which cannot take the arrays of --loader {self.loader}; drop one"
                 )
-            if getattr(self, name) and self.in_chans not in (1, 3, 4):
+            if self.in_chans not in (1, 3, 4):
                 raise ValueError(
                     f"--{name}: resizes with Pillow, which takes 1, 3 or 4 channels, not --in_chans {self.in_chans}; "
                     "drop one"
                 )
         check_crop_scale(self.crop_scale)
+
+    @property
+    def needs_pictures(self) -> list[str]:
+        """Return the given flags that work with PIL images."""
+        return [name for name in ("exact_resize", "eval_every", "vis_every") if getattr(self, name)]
 
 
 def check_crop_scale(scale: list[float]) -> None:

@@ -84,6 +84,15 @@ class ImageSet:
         number = np.array([classes.index(name) for name in self.classes])
         return replace(self, labels=number[self.labels], classes=classes)
 
+    def check_pictures(self, what: str, remedy: str) -> None:
+        """Raise ValueError, a sentence about `what`, unless the images are files or arrays that can be PIL images."""
+        if self.dtype in (None, np.uint8) or (self.dtype == np.uint16 and self.channels == 1):
+            return
+        raise ValueError(
+            f"{what}: resizes with Pillow, which cannot take {self.dtype} arrays of {self.channels} channels, such as "
+            f"{self.source.name(0)}; {remedy}"
+        )
+
     def picture(self, index: int) -> Image.Image:
         """Return image `index` for PIL. OSError names it if it cannot be decoded."""
         return self.decoded(index, self.to_picture)

@@ -146,4 +146,6 @@ def _check_classifier(path: str | Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def _open(settings: SupervisedSettings, split: str) -> ImageSet:
-    return open_labelled(settings.dataset, settings.data_path, split, settings.in_chans)
+    images = open_labelled(settings.dataset, settings.data_path, split, settings.in_chans)
+    images.check_pictures(f"--dataset {settings.dataset}", "convert them to uint8")
+    return images
