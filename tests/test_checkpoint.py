@@ -379,6 +379,25 @@ def test_a_failed_write_is_noticed_before_the_next_one_is_due_and_tried_again(tm
     assert checkpoint.find_own(folder)[1]["model"]["weight"].all()
 
 
+def test_one_to_keep_that_could_not_be_written_comes_before_the_next(tmp_path, capsys):
+    folder = tmp_path / "run"
+    saver = Saver(folder, 10, None)  # a folder that is not there
+    for step, keep_as in ((1, 400), (2, 420), (3, None)):
+        saver.save({"model": {"weight": torch.full((2,), float(step))}, "step": step}, keep_as)
+        saver.wait()
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition("in a minute")[2] for line in said] == [
+        ", checkpoint-400.pth first",
+        ", checkpoint-420.pth first; checkpoint-400.pth is given up",
+        ", checkpoint-420.pth first",
+    ]
+    folder.mkdir()
+    saver.save({"model": {"weight": torch.zeros(2)}, "step": 4})
+    assert saver.finish() == ""
+    found = {path.name: checkpoint.load(path)["step"] for path in folder.iterdir()}
+    assert found == {"checkpoint-420.pth": 2, checkpoint.PREVIOUS: 2, checkpoint.LAST: 4}
+
+
 def test_a_folder_that_is_gone_fails_the_final_save_with_a_sentence(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()

@@ -33,6 +33,8 @@ class Saver:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         self._failure: OSError | None = None
+        self._owed: tuple[dict, int] | None = None  # one to keep that could not be written, and its number
+        self._given_up: int | None = None
         self._last_is_whole = False  # until this process has written it, or looked
         self._next = time.monotonic() + self._every_s
 
@@ -45,7 +47,8 @@ class Saver:
     def save(self, content: dict, keep_as: int | None = None) -> None:
         """Copy `content` and write it in the background, also as `checkpoint-{keep_as}.pth`.
 
-        A failure is told and tried again a minute later.
+        A failure is told and tried again a minute later. One to keep is held until it can be written, before the next;
+        only one, because it takes as much memory as the training's state.
 
         Raises:
             FloatingPointError: a weight is not finite; what is on disk stays.
@@ -69,7 +72,12 @@ class Saver:
         except OSError as error:
             self._failure = error
             self._next = min(self._next, time.monotonic() + record.RETRY_S)
-            record.warn(f"no checkpoint could be written ({error}); training goes on, and tries again in a minute")
+            first = "" if self._owed is None else f", checkpoint-{self._owed[1]}.pth first"
+            lost = "" if self._given_up is None else f"; checkpoint-{self._given_up}.pth is given up"
+            self._given_up = None
+            record.warn(
+                f"no checkpoint could be written ({error}); training goes on, and tries again in a minute{first}{lost}"
+            )
 
     def finish(self) -> str:
         """Wait, and write no more. What is to be said if the last one could not be written, else nothing."""
@@ -83,6 +91,19 @@ class Saver:
         )
 
     def _write(self, content: dict, keep_as: int | None) -> None:
+        """Write what is owed, then `content`."""
+        try:
+            if self._owed is not None:
+                self._write_one(*self._owed)
+                self._owed = None
+            self._write_one(content, keep_as)
+        except OSError:
+            if keep_as is not None:
+                self._given_up = None if self._owed is None else self._owed[1]
+                self._owed = content, keep_as
+            raise
+
+    def _write_one(self, content: dict, keep_as: int | None) -> None:
         new = self.folder / "checkpoint-new.pth"
         checkpoint.save(new, content)
         if keep_as is not None:  # before there is a last that would not write it again
