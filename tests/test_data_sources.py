@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import ROOT, environment, log_lines, write_pictures
 
-from util.data import datasets, tar_shards
+from util.data import datasets, tar_index, tar_shards
 from util.training import checkpoint
 
 TINY = ["--model", "mae_vit_mini_patch4", "--input_size", 16, "--batch_size", 3, "--epochs", 1, "--warmup_epochs", 0]
@@ -258,6 +258,23 @@ def test_an_index_older_than_its_shard_or_of_an_earlier_format_is_made_anew(tmp_
         os.utime(index, ns=(second, second))
         assert opened(tmp_path) == ([b"b"], [5])
         assert index.read_text().startswith("tar-index-3")
+
+
+def test_two_machines_with_the_same_process_number_index_a_shared_folder(tmp_path, monkeypatch):
+    """Containers may both be process 1: the other one keeps its index between this one's writing and its rename."""
+    shard = data_files.write_tar(tmp_path / "train-0.tar", {"a.jpg": b"a"})
+    index, replace, names = tar_index.scan(shard), Path.replace, []
+
+    def replace_after_the_other(self, target):
+        names.append(self.name)
+        if len(names) == 1:
+            index.save(shard)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace_after_the_other)
+    index.save(shard)
+    assert len(set(names)) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"train-0.tar", "train-0.tar.idx"}
 
 
 def test_an_index_that_cannot_be_kept_leaves_nothing(tmp_path, monkeypatch):

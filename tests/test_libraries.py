@@ -53,6 +53,22 @@ def test_without_such_a_column_the_columns_are_named(samples, tmp_path):
         datasets.open_unlabelled(name, cache, 3)
 
 
+@pytest.mark.parametrize(("values", "held"), [([1] * 6, r"Value\('int64'\)"), ([], r"\w+\(.*Image\(")])
+def test_a_column_that_holds_no_pictures_is_named(samples, tmp_path, values, held):
+    import datasets as hugging_face
+
+    rows = table(samples)
+    if values:
+        rows = hugging_face.Dataset.from_dict({"image": values})
+    else:
+        pairs = {"image": [[row["image"]] * 2 for row in rows]}
+        features = hugging_face.Features(image=hugging_face.Sequence(hugging_face.Image()))
+        rows = hugging_face.Dataset.from_dict(pairs, features=features)
+    rows.save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=rf"the column image of .*saved holds {held}.*, not one picture in each row"):
+        datasets.open_unlabelled("hfds", str(tmp_path / "saved"), 3)
+
+
 def test_a_single_saved_table_is_no_validation_set(samples, tmp_path):
     table(samples, label=[0, 1] * 3).save_to_disk(str(tmp_path / "saved"))
     assert len(datasets.open_labelled("hfds", str(tmp_path / "saved"), "train", 3)) == 6

@@ -98,7 +98,13 @@ def open_hugging_face(name: str, data_path: str | None, split: str) -> Opened:
         raise ValueError(
             f"--dataset {name}: no column named image, img, jpg or png in {place}, only {data.column_names}; rename it"
         )
-    data = data.cast_column(key, datasets.Image(decode=False))
+    try:
+        data = data.cast_column(key, datasets.Image(decode=False))
+    except Exception as error:  # the library raises many
+        raise ValueError(
+            f"--dataset {name}: the column {key} of {place} holds {data.features[key]!r:.80}, not one picture in each "
+            "row; give it another name, and the column of the pictures this one"
+        ) from error
     labels, classes, why = _labels_of(data)
     return Opened(_Rows(data, key, f"{place} {part}"), labels, classes, why)
 

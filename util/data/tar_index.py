@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import posixpath
 import tarfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -41,7 +41,8 @@ class ShardIndex:
         """Write it beside `shard`; whole or not at all."""
         rows = zip(self.starts, self.sizes, self.labels, map(json.dumps, self.names), strict=True)
         lines = [f"{_MAGIC}\t{shard.stat().st_size}\t{len(self.names)}", *("\t".join(map(str, row)) for row in rows)]
-        temporary = Path(f"{index_path(shard)}.{os.getpid()}.tmp")
+        # Containers that share the folder may have the same host name and process number.
+        temporary = Path(f"{index_path(shard)}.{uuid.uuid4().hex}.tmp")
         try:
             temporary.write_text("\n".join(lines) + "\n")
             temporary.replace(index_path(shard))
