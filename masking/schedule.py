@@ -51,7 +51,7 @@ class ScheduledRatio:
         first, _ = self._at(self.mask_ratio), self._at(self.end)  # ValueError now, not after days
         self.needs = base.needs(first) | ({"draw"} if shape == "drawn" else {"progress"})
         self.reads_tokens = base.reads_tokens(first)
-        for name in ("warmup_ratio", "refresh_epochs"):  # what a method reads of a strategy
+        for name in ("cell", "rounding", "warmup_ratio", "refresh_epochs"):  # what a method reads of a strategy
             if hasattr(first, name):
                 setattr(self, name, getattr(first, name))
 

@@ -161,8 +161,9 @@ class Method(nn.Module):
         method = _REGISTRY.call(settings.method, cls, options, (model, strategy))
         model.set_masking(strategy)
         method.masking_warmup_epochs = settings.masking_warmup_epochs
-        warmup_ratio = getattr(strategy, "warmup_ratio", settings.mask_ratio)
-        method._warmup = masking.create("random", mask_ratio=warmup_ratio)
+        if settings.masking_warmup_epochs:
+            method._warmup = create_warmup(strategy, settings.mask_ratio)
+            check_strategy(method._warmup, model)
         method.decode_ratio = exact_ratio(settings.decode_ratio)
         method.peak_lr = settings.resolved_lr(world.launched_world_size())
         method.min_lr, method.warmup_epochs = settings.min_lr, settings.warmup_epochs
@@ -320,6 +321,12 @@ def create_strategy(settings: PretrainSettings) -> masking.base.Strategy:
     options = {"mask_ratio": settings.mask_ratio} | cli.parse_options(settings.masking_args)
     with torch.device("cpu"):  # a strategy may hold tensors, also where the model is only on the meta device
         return masking.create(settings.masking, **options)
+
+
+def create_warmup(strategy: masking.base.Strategy, mask_ratio: float | str) -> masking.base.Strategy:
+    """Build the random masking that comes before `strategy`: in its cells, at its rounding and its `warmup_ratio`."""
+    options = {name: getattr(strategy, name) for name in ("cell", "rounding") if hasattr(strategy, name)}
+    return masking.create("random", mask_ratio=getattr(strategy, "warmup_ratio", mask_ratio), **options)
 
 
 def check_strategy(

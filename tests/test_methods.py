@@ -15,6 +15,8 @@ import main_pretrain
 import masking
 import methods
 from methods import At, Inputs
+from util import cli
+from util.config import PretrainSettings
 from util.training import checkpoint
 from util.training.averages import Averages
 from util.training.step import GradientStep, train_step
@@ -133,6 +135,17 @@ def test_more_sizes_of_batches_than_torch_has_graphs_for_do_not_end_a_run():
         method.model.compile_blocks(backend="eager")
         for number in range(2, 12):
             method.model.encode(method.model.embed(varied_images(number)), None)
+
+
+@pytest.mark.parametrize(("name", "more"), [("sbam", []), ("schedule", ["of=sbam_amr"])])
+def test_random_masking_comes_first_in_the_same_cells_and_as_many(name, more):
+    given = ["--model", "mae_vit_tiny_patch4", "--data_path", "x", "--masking_warmup_epochs", "1", "--masking", name]
+    given += ["--mask_ratio", "0.6", "--masking_args", "cell=2", "rounding=removed", *more]
+    method = methods.from_settings(cli.parse(PretrainSettings, given))
+    mask = method.choose_mask(Inputs([varied_images(3)], torch.rand(3, 64)), AT._replace(epochs=2)).mask
+    assert mask.sum(dim=1).tolist() == [40] * 3  # 10 of 16 cells
+    cells = mask.view(3, 4, 2, 4, 2).transpose(2, 3).flatten(3)
+    assert torch.equal(cells.all(dim=3), cells.any(dim=3))
 
 
 def test_schedules_of_a_method_reach_the_optimizer(pictures, tmp_path, monkeypatch):
