@@ -27,6 +27,10 @@ from util.training.step import GradientStep
 
 Prepare = Callable[[list], tuple[torch.Tensor, torch.Tensor]]  # batch -> images, targets, on the device
 
+# Far above the logits of a head that learns. Momentum carries the weights on from there, but not to infinity, which no
+# checkpoint could hold.
+_DIVERGED = 1e10
+
 
 class Classification(Method):
     """Cross entropy of a classifier on labelled images.
@@ -40,6 +44,7 @@ class Classification(Method):
 
     Attributes:
         rate_of_epoch: whole epoch -> learning rate, where that does not change with each step.
+        diverged: (heads,) bool, of several heads, which has learnt no more at some step.
     """
 
     rate_of_epoch: Callable[[float], float] | None = None
@@ -55,6 +60,7 @@ class Classification(Method):
         super().__init__(model)
         self.views, self.prepare, self.smoothing = views, prepare, smoothing
         self.terms = tuple(heads) or ("cross_entropy",)
+        self.diverged = torch.zeros(len(self.terms), dtype=torch.bool)
 
     def inputs(self, micro_batch: MicroBatch, seed: int, device: torch.device) -> Inputs:
         """Put a batch on the device, with its targets."""
@@ -68,11 +74,19 @@ class Classification(Method):
 
     def forward(self, inputs: Inputs, plan: Plan, at: At) -> dict[str, Loss]:
         """Sum the cross entropy over the images, for each head."""
-        logits = dict(zip(self.terms, by_head(self.model(inputs.views[0])), strict=True))
+        logits = dict(zip(self.terms, self._stopped(by_head(self.model(inputs.views[0]))), strict=True))
         how = {"label_smoothing": self.smoothing, "reduction": "sum"}
         return {
             name: Loss(F.cross_entropy(each, inputs.targets, **how), plan.counts[name]) for name, each in logits.items()
         }
+
+    def _stopped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Take 0 for the logits (heads, N, classes) of a head that diverged: no gradient, and the others learn on."""
+        if len(logits) == 1:
+            return logits
+        over = ~(logits.detach().abs() < _DIVERGED).flatten(1).all(dim=1)
+        self.diverged = self.diverged.to(over.device) | over
+        return torch.where(over[:, None, None], 0.0, logits)
 
     def schedule(self, at: At, lr: float, weight_decay: float) -> tuple[float, float]:
         """Return the learning rate, that of the whole epoch with `rate_of_epoch`, and the weight decay."""
@@ -114,6 +128,8 @@ def fit(
     n_parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     for epoch in job.epochs():
         train = train_one_epoch(method, job, update, epoch)
+        if diverged := [name for name, over in zip(method.terms, method.diverged.tolist(), strict=True) if over]:
+            context.log.say(f"epoch {epoch}: diverged, and learn no more: {' '.join(diverged)}; lower --blrs")
         world.average_buffers(model)
         test = evaluate_now(epoch)
         state.best = max(state.best, test["acc1"])

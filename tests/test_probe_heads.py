@@ -75,6 +75,17 @@ def test_every_head_is_what_a_run_of_its_own_trains(pictures, encoder, tmp_path,
     assert lines[-1]["test_acc1_best_epoch"] == max(line["test_acc1"] for line in lines)
 
 
+@pytest.mark.parametrize(("protocol", "rate"), [(MAE, 1e9), (IBOT, 1e36)], ids=["mae", "ibot"])
+def test_a_head_that_diverges_leaves_the_others_alone(pictures, encoder, tmp_path, capsys, protocol, rate):
+    lines = probe(pictures, encoder, tmp_path / "bank", *protocol, "--blrs", 0.3, rate, "--epochs", 6)
+    assert f"epoch 5: diverged, and learn no more: blr_{rate:g}; lower --blrs" in capsys.readouterr().out
+    alone = probe(pictures, encoder, tmp_path / "alone", *protocol, "--blr", 0.3, "--epochs", 6)
+    for line, own in zip(lines, alone, strict=True):
+        assert line["test_loss_blr_0.3"] == pytest.approx(own["test_loss"], rel=1e-6)
+        assert line["train_skipped_steps"] == 0
+    assert all(tensor.isfinite().all() for tensor in head_of(tmp_path / "bank", "head.1.1").values())
+
+
 def test_the_best_head_is_named_and_said_to_be_chosen(pictures, encoder, tmp_path, capsys):
     (line,) = probe(pictures, encoder, tmp_path, *IBOT, "--blrs", *RATES, "--epochs", 1)
     said = f"18 validation images of the best head, --blr {line['test_best_blr']:g}, chosen on these images: "
