@@ -112,7 +112,7 @@ def find_start(settings: PretrainSettings, inputs: Inputs) -> dict | None:
         path, content = own or (settings.resume, checkpoint.load(settings.resume))
         inputs.notes = follow(settings, content, path)
         plan = step_plan(settings, len(inputs.images), joins=inputs.method.accumulates)
-        return resume.check(path, content, model, plan, inputs.images)
+        return resume.check(path, content, model, plan, inputs.images, inputs.method.maps)
     content = foreign.read(settings.finetune) if settings.finetune else None
     inputs.notes = follow(settings, content, settings.finetune)
     if content is not None:

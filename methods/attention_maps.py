@@ -41,9 +41,9 @@ class AttentionMaps:
         return epoch > 0 and epoch % self.every == 0 and epoch + 1 < self.epochs
 
     def made_after(self, epoch: int) -> int | None:
-        """Return the epoch after which the file was made that `epoch` uses; None before the first."""
+        """Return the epoch after which the file was made that `epoch` uses; None before the first, and at the end."""
         last = (epoch - 1) // self.every * self.every
-        return last if last > 0 else None
+        return last if last > 0 and epoch < self.epochs else None
 
     def of(self, index: torch.Tensor, epoch: int, device: torch.device) -> torch.Tensor:
         """Return the maps of the images `index` (N,), as `epoch` uses them: (N, rows, columns) fp32."""
@@ -53,12 +53,6 @@ class AttentionMaps:
         if self._open[0] != made_after:
             self._open = made_after, self.find(made_after)
         return on_device(self._open[1][index.numpy()].astype(np.float32), torch.float32, device)
-
-    def check(self, epoch: int, num_images: int) -> None:
-        """Raise ValueError if `epoch` is trained and its file is missing, or is of other images than `num_images`."""
-        made_after = self.made_after(epoch)
-        if made_after is not None and epoch < self.epochs:
-            self.find(made_after, num_images)
 
     def find(self, made_after: int, num_images: int | None = None) -> np.ndarray:
         """Open the file made after an epoch, memory-mapped. ValueError: it is missing or of other images."""
@@ -76,7 +70,10 @@ class AttentionMaps:
             raise ValueError(f"{path}: is no file of attention maps ({error}); copy it again") from error
         expected = (len(found) if num_images is None else num_images, *self.grid)
         if found.shape != expected or found.dtype != np.float16:
-            raise ValueError(f"{path}: holds maps {found.shape} of {found.dtype}, not {expected} of float16")
+            raise ValueError(
+                f"{path}: holds maps {found.shape} of {found.dtype}, not {expected} of float16; copy it again from the "
+                "folder of the checkpoint"
+            )
         return found
 
     def make(self, model: nn.Module, normalize: nn.Module, images: WholeSet, epoch: int, amp: str) -> None:

@@ -271,8 +271,8 @@ class Method(nn.Module):
             amp: the run's format: bf16, fp16 or none.
         """
         self.amp = amp
-        if self.maps is not None:
-            self.maps.check(epoch, num_images)
+        if self.maps is not None and self.maps.made_after(epoch) is not None:
+            self.maps.find(self.maps.made_after(epoch), num_images)
 
     def after_epoch(self, at: At, images: WholeSet) -> None:
         """Do what is due between two epochs: here the attention maps of all `images`, where the strategy needs them."""

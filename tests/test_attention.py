@@ -240,6 +240,21 @@ def test_maps_that_are_missing_or_others_are_named(pictures, tmp_path, capsys):
     assert "copy it from the folder of the checkpoint" in said
 
 
+@pytest.mark.parametrize("names", ["b.jpg", None], ids=["renamed", "fewer"])
+def test_maps_are_of_the_images_that_they_were_made_of(tmp_path, capsys, names):
+    """Between two epochs images may change, but not where the next epoch needs a map of each."""
+    folder = write_pictures(tmp_path / "pictures", classes=1, per_class=10)
+    pretrain(folder, tmp_path / "run", *AMT, "--stop_after_epoch", 1)
+    pretrain(folder, tmp_path / "early", *AMT, "--stop_after_epoch", 0)
+    picture = folder / "train" / "class0" / "3.jpg"
+    picture.rename(picture.with_name(names)) if names else picture.unlink()
+    pretrain(folder, tmp_path / "early", *AMT)  # has no maps yet
+    said = refusal(main_pretrain.main, flags(folder, tmp_path / "run", *AMT), capsys)
+    changed = "the 10 of --data_path have other names" if names else "10 images, and --data_path has 9"
+    assert changed in said
+    assert "maps that the next epoch needs are of the former: continue with the images it had, or start a new" in said
+
+
 def test_random_masking_at_its_own_ratio_comes_first(pictures, tmp_path):
     lines = pretrain(pictures, tmp_path, *AMT, "--epochs", 2, "--masking_warmup_epochs", 1)
     assert [line["train_mask_ratio"] for line in lines] == [0.75, 13 / 16]

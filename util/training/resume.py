@@ -21,7 +21,7 @@ from util.training import checkpoint, training_state
 _NOT_COMPARED = {"resume", "finetune", "batch_size", "accum_iter", "effective_batch_size"}
 
 
-def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan, images: ImageSet) -> dict:
+def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan, images: ImageSet, maps=None) -> dict:
     """Return `content` of the checkpoint to continue, with its `path`, and `notes` that the run must say.
 
     Args:
@@ -30,10 +30,11 @@ def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan, ima
         model: of this run; the meta device will do.
         plan: of this run's steps.
         images: to train on.
+        maps: `methods.attention_maps.AttentionMaps` of a method that needs them, which are of images by number.
 
     Raises:
         ValueError: it is of another architecture, without an optimizer, of another effective batch size, of other
-            classes, or stopped within an epoch of other images.
+            classes, or of other images and stopped within an epoch or before one that needs maps of them.
     """
     checkpoint.check_state(path, model, checkpoint.model_state(content, path))
     training_state.check(path, content)
@@ -49,6 +50,11 @@ def check(path: str | Path, content: dict, model: nn.Module, plan: StepPlan, ima
         raise ValueError(
             f"{path}: it was written within an epoch of {change}; "
             f"continue with the images it had, or start a new --output_dir with --finetune {path}"
+        )
+    if change and maps is not None and maps.made_after(content["epoch"] + 1) is not None:
+        raise ValueError(
+            f"{path}: it is of {change}; the attention maps that the next epoch needs are of the former: continue with "
+            f"the images it had, or start a new --output_dir with --finetune {path}"
         )
     return content | {"path": str(path), "notes": [f"the checkpoint is of {change}"] if change else []}
 
