@@ -90,6 +90,15 @@ def test_shards_give_the_pictures_and_classes_of_the_folder(shards):
     assert again.source.name(0).endswith("train-000.tar:00000.jpg")
 
 
+@pytest.mark.parametrize("name", ["folder", "wds"])
+def test_the_hash_of_the_names_is_the_same_however_the_folder_is_written(tmp_path, monkeypatch, name):
+    pictures = write_pictures(tmp_path / "pictures")
+    folder = data_files.write_shards(pictures, tmp_path / "shards") if name == "wds" else pictures / "val"
+    monkeypatch.chdir(folder)
+    written = [str(folder), ".", f"../{folder.name}", f"./../{folder.name}/"]
+    assert len({datasets.open_unlabelled(name, path, 3).digest for path in written}) == 1
+
+
 def test_shards_chosen_by_a_pattern(shards):
     place = str(shards[1])
     assert len(datasets.open_unlabelled("wds/train-{001..002}.tar", place, 3)) == 8

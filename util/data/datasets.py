@@ -359,7 +359,7 @@ def _folder(data_path: str | None) -> Path:
         raise ValueError("--data_path is not given: name the folder that holds train/ and val/")
     if not Path(data_path).is_dir():
         raise ValueError(f"--data_path {data_path}: there is no such folder")
-    return Path(data_path)
+    return Path(data_path).absolute()  # the hash of the names is the same however the folder is written
 
 
 def _digits(split: str, in_chans: int) -> ImageSet:

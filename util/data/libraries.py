@@ -26,9 +26,9 @@ _LABELS = ("label", "labels", "fine_label", "cls")
 
 def open_torchvision(name: str, data_path: str | None, split: str) -> Opened:
     """Open `torch/cifar10` and the like. ValueError if torchvision does not know it or does not find its files."""
-    title = name.partition("/")[2]
+    title, root = name.partition("/")[2], Path(data_path or "").absolute()
     try:
-        data = create_dataset(name, root=data_path or "", split="train" if split == "train" else "validation")
+        data = create_dataset(name, root=str(root), split="train" if split == "train" else "validation")
     except (RuntimeError, AssertionError, FileNotFoundError) as error:
         raise ValueError(
             f"--dataset {name}: torchvision does not open it from --data_path {data_path} ({_sentence(error)}); "
