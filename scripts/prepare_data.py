@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from util import cli
@@ -95,8 +94,8 @@ def _path(text: str) -> str:
 def resize(arguments: argparse.Namespace) -> None:
     """Write the resized images into the destination, and print what became of them."""
     splits = open_splits(arguments)
-    if arguments.dataset == "folder":
-        print_left_out(Path(arguments.source), splits)
+    for split, images in splits.items():
+        print(images.summary(split))
     destination = Path(arguments.destination)
     options = {name: getattr(arguments, name) for name in ("short_side", "long_side", "quality", "pixels")}
     with locked(destination, arguments.source):
@@ -141,13 +140,6 @@ def open_splits(arguments: argparse.Namespace) -> dict[str, ImageSet]:
     if train.classes:
         splits["val"] = splits["val"].relabelled(train.classes, arguments.source)
     return splits
-
-
-def print_left_out(root: Path, splits: dict[str, ImageSet]) -> None:
-    """Print how many images lie beside the folders of the classes."""
-    for place in (root / split for split, images in splits.items() if images.classes):
-        if loose := sum(path.suffix.lower() in IMG_EXTENSIONS and path.is_file() for path in place.glob("[!.]*")):
-            print(f"{place}: {loose} images beside the folders of the classes are left out")
 
 
 def locked(destination: Path, source: str) -> contextlib.AbstractContextManager:

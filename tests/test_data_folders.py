@@ -6,6 +6,7 @@ import io
 import os
 
 import data_files
+import numpy as np
 import pytest
 from helpers import refusal, write_pictures
 from PIL import Image
@@ -13,6 +14,7 @@ from PIL import Image
 import main_finetune
 import main_linprobe
 import main_pretrain
+from util import loaders
 from util.data import datasets
 
 
@@ -35,6 +37,15 @@ def test_pretraining_takes_any_folder_of_pictures(tmp_path):
         Image.new("RGB", (20, 20)).save(tmp_path / place)
     (tmp_path / "notes.txt").write_text("no picture")
     assert len(datasets.open_unlabelled("folder", str(tmp_path), 3)) == 3
+
+
+def test_capitals_are_small_letters_in_the_endings_of_a_loader(tmp_path, monkeypatch):
+    monkeypatch.setattr(loaders.npy, "extensions", (".NPY", ".arr"))
+    for name in ("a.NPY", "b.npy", "c.Arr", "d.txt"):
+        with open(tmp_path / name, "wb") as file:
+            np.save(file, np.zeros((4, 4), dtype=np.uint8))
+    images = datasets.open_unlabelled("folder", str(tmp_path), 1, "util.loaders:npy")
+    assert names_of(images) == [str(tmp_path / name) for name in ("a.NPY", "b.npy", "c.Arr")]
 
 
 def names_of(images):

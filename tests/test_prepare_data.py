@@ -311,10 +311,11 @@ def test_nothing_is_overwritten_or_dropped_in_silence(tmp_path, capsys):
         save(tmp_path / "twice" / name)
     run(tmp_path / "twice", tmp_path / "shards")
     assert len(datasets.open_unlabelled("wds", str(tmp_path / "shards"), 3)) == 3
-    for name in ("class/0.png", "1.png", "2.png"):
+    for name in ("class/0.png", "1.png", "2.gif"):
         save(tmp_path / "loose" / "train" / name)
     run(tmp_path / "loose", tmp_path / "small")
-    assert "train: 2 images beside the folders of the classes are left out" in capsys.readouterr().out
+    passed_over = "2 files (.gif beside the class folders 1, .png beside the class folders 1)"
+    assert f"train: found 1 images of 1 classes; passed over {passed_over}" in capsys.readouterr().out
     said = refusal(prepare_data.main, [tmp_path / "twice", tmp_path / "twice" / "small"], capsys)
     assert "small: is the source, or inside it; name another folder to write" in said
 

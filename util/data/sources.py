@@ -113,12 +113,14 @@ class Arrays:
 def find_files(root: Path, endings: Iterable[str]) -> tuple[list[str], Counter[str]]:
     """Return the files below `root` with these endings, sorted by path, and how many others have which ending.
 
+    Capitals and small letters are alike in endings.
+
     Raises:
         ValueError: a folder cannot be read.
     """
-    found, passed_over = [], Counter()
+    found, passed_over, taken = [], Counter(), tuple(text.lower() for text in endings)
     for place, _, names in walk(root):
-        wanted = {name for name in names if name.lower().endswith(tuple(endings))}
+        wanted = {name for name in names if name.lower().endswith(taken)}
         found += [os.path.join(place, name) for name in wanted]
         passed_over.update(ending(name) or "no ending" for name in names if name not in wanted)
     return sorted(found), passed_over
