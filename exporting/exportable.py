@@ -84,6 +84,7 @@ def build_model(settings: PretrainSettings, state: tensor_names.State, probe_blo
         )
     else:
         model = base.build_model(settings)
+        model.take_form_of(state)
     keep_blocks(model, probe_blocks)
     return model
 

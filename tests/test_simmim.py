@@ -272,6 +272,27 @@ def test_other_libraries_compute_its_features(trained, tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("more", [["--blrs", 0.1, 0.2], ["--append_mean", "--probe_blocks", 2]], ids=["heads", "mean"])
+def test_a_probe_whose_head_no_other_library_has_is_exported_as_an_encoder(trained, tmp_path, more):
+    labelled = write_pictures(tmp_path / "labelled", classes=2, per_class=6)
+    arguments = ["--data_path", labelled, "--model", "simmim_vit_mini_patch4", "--finetune", trained, "--epochs", 1]
+    arguments += ["--warmup_epochs", 0, "--batch_size", 4, "--num_workers", 0, "--output_dir", tmp_path, *more]
+    main_linprobe.main([str(argument) for argument in arguments])
+    probe, blocks = tmp_path / checkpoint.LAST, 2 if "--probe_blocks" in more else 4
+    for target, place in (("timm", "timm.safetensors"), ("hf", "hf"), ("safetensors", "all.safetensors")):
+        export.main([str(probe), "--to", target, "--output", str(tmp_path / place)])
+    sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 96, "depth": blocks, "num_heads": 3}
+    file, form = str(tmp_path / "timm.safetensors"), {"num_classes": 0, "global_pool": ""}
+    other = timm.create_model("beit_base_patch16_224", checkpoint_path=file, **form, **sizes).eval()
+    theirs, report = transformers.BeitModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report.values()), report
+    images, ours = torch.randn(2, 3, 16, 16), checkpoints.open_checkpoint(probe).model
+    with torch.no_grad():
+        expected = ours.encode(ours.embed(images), None)
+        torch.testing.assert_close(other.forward_features(images), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(theirs.eval()(images).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_does_not_go_together_is_named(pictures, tmp_path, capsys):
     for more, message in (
         (["--method", "mae"], "--model simmim_vit_mini_patch4: is no MaskedAutoencoderViT, which --method mae trains"),
