@@ -204,8 +204,8 @@ class DrawnDepth:
 def keep_blocks(model: nn.Module, number: int | None) -> None:
     """Cut an encoder or classifier, also timm's, down to its first blocks; `number` None leaves it as it is.
 
-    The final norm was learned for the output of the last block. After fewer blocks it starts anew, with scale 1 and
-    shift 0.
+    The final norm, and a classifier's of the mean, were learned for the output of the last block. After fewer blocks
+    they start anew, with scale 1 and shift 0.
 
     Raises:
         ValueError: the model has fewer blocks.
@@ -216,8 +216,9 @@ def keep_blocks(model: nn.Module, number: int | None) -> None:
     if not 0 < number < depth:
         raise ValueError(f"--probe_blocks {number}: the model has {depth} blocks; choose 1 to {depth}")
     model.blocks = model.blocks[:number]
-    if isinstance(model.norm, nn.LayerNorm):
-        model.norm.reset_parameters()
+    for norm in (model.norm, getattr(model, "fc_norm", None)):
+        if isinstance(norm, nn.LayerNorm):
+            norm.reset_parameters()
 
 
 def check_sizes(img_size: int | tuple[int, int], patch_size: int | tuple[int, int], in_chans: int) -> None:

@@ -114,6 +114,15 @@ def test_evaluate_measures_the_first_blocks(encoder, tmp_path, pool):
     assert (found["rank_me"], found["probe_blocks"]) == (pytest.approx(expected, rel=1e-4), 2)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_norm_that_was_fine_tuned_for_the_last_block_starts_anew(method):
+    model = models_vit.create_model(METHODS[method], num_classes=2, global_pool=True)
+    for parameter in model.parameters():
+        parameter.data.fill_(2.0)
+    models_vit.add_probe_head(model, 2)
+    torch.testing.assert_close(model.fc_norm.state_dict(), torch.nn.LayerNorm(96).state_dict())
+
+
 def test_all_blocks_are_no_cut(encoder):
     _, path, _ = encoder
     models = [checkpoints.open_checkpoint(path).model for _ in range(2)]
