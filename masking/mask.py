@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
+import numpy as np
 import torch
 
 from masking.sequences import Sequences
@@ -150,18 +151,20 @@ def predict_part(mask: Mask, share: float | str | Fraction, noise: torch.Tensor 
     if before == after:
         return mask
     noise = torch.rand(mask.mask.shape, device=mask.mask.device) if noise is None else noise
-    stay = on_device(after, mask.mask.device)
+    stay = on_device(after, torch.int64, mask.mask.device)
     rank = ranks(noise.masked_fill(~mask.predicted, 2.0))
     now_thrown = mask.mask & (rank >= stay[:, None])
     lengths = tuple(t + b - a for t, b, a in zip(thrown, before, after, strict=True))
-    weight = on_device(before, mask.mask.device) / stay
+    weight = on_device(before, torch.int64, mask.mask.device) / stay
     return replace(mask, thrown=now_thrown, thrown_lengths=lengths, weight=weight)
 
 
-def on_device(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return integers of the host as a tensor (N,) int64, without making the host wait."""
-    tensor = torch.tensor(numbers, dtype=torch.int64)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def on_device(values: Sequence | np.ndarray | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Put numbers on a device; the host does not wait."""
+    tensor = torch.as_tensor(values, dtype=dtype)
+    if tensor.device == device:
+        return tensor
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def remove_highest(scores: torch.Tensor, num_removed: int | torch.Tensor) -> torch.Tensor:

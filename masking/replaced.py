@@ -6,10 +6,10 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from masking.base import Strategy, check_needs, check_number, needs
+from masking.mask import on_device
 
 
 class Ratios(NamedTuple):
@@ -84,14 +84,6 @@ def check_ratios(means, deviations, ratio_per: str) -> tuple[tuple[float, ...], 
                 f"{mean + deviation:g}; all must lie from 0 to 1: change one of them"
             )
     return means, deviations
-
-
-def on_device(values: Sequence | np.ndarray | torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Put numbers on a device; the host does not wait."""
-    tensor = torch.as_tensor(values, dtype=dtype)
-    if tensor.device == device:
-        return tensor
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def highest(rank: torch.Tensor, counts: Sequence[int] | torch.Tensor, stats: dict | None = None) -> Replaced:

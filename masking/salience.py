@@ -10,8 +10,8 @@ import torch
 
 from masking.base import check_number, check_ratio, check_rounding, draw_noise, keep_count, register
 from masking.cells import Cells, check_cell
-from masking.mask import Mask
-from masking.replaced import Ratios, Replaced, highest, on_device
+from masking.mask import Mask, on_device
+from masking.replaced import Ratios, Replaced, highest
 from util.precision import full_fp32
 from util.ratios import exact_ratio
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import masking
-from masking.replaced import on_device
+from masking.mask import on_device
 from util import files, precision
 from util.data.crop import Squash
 from util.distributed import world

@@ -6,7 +6,6 @@ import copy
 import random
 
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import masking
@@ -51,7 +50,7 @@ class IBOT(Method):
             half of the views are whole and the others have U[0.1, 0.5]; under AttMask 0.3 and 0.2.
         pred_start_epoch: epochs without masks.
         ratio_per: "view" draws a ratio for each view; "step" one for all, and which views are masked (AttMask).
-        masking_prob: share of the views that are masked where `ratio_per` is "step".
+        masking_prob: share of the views that are masked where `ratio_per` is "step"; 0.5 if None.
         local_crops_number, local_size, local_crops_scale: number of local views, side in pixels, range of the area.
     """
 
@@ -90,7 +89,7 @@ class IBOT(Method):
         pred_ratio_var: float | list[float] | None = None,
         pred_start_epoch: int = 0,
         ratio_per: str | None = None,
-        masking_prob: float = 0.5,
+        masking_prob: float | None = None,
         local_crops_number: int = 10,
         local_size: int = 96,
         local_crops_scale: list[float] | tuple[float, float] = (0.05, 0.25),
@@ -115,7 +114,12 @@ class IBOT(Method):
         if self.ratio_per not in ("view", "step"):
             raise ValueError(f"ratio_per is {ratio_per!r}; choose view or step")
         self.ratios = masking.check_ratios(pred_ratio, pred_ratio_var, self.ratio_per)
-        self.masking_prob = check_share("masking_prob", masking_prob)
+        if masking_prob is not None and self.ratio_per == "view":
+            raise ValueError(
+                f"masking_prob is {masking_prob!r}, which ratio_per view passes over: there a pred_ratio of 0 leaves "
+                "views whole; leave it out, or choose ratio_per=step"
+            )
+        self.masking_prob = check_share("masking_prob", 0.5 if masking_prob is None else masking_prob)
         self.local_number = _whole("local_crops_number", local_crops_number, 0)
         self.local_size, self.local_scale = _check_locals(model, local_size, local_crops_scale)
 
@@ -292,10 +296,6 @@ class IBOT(Method):
         rates = {"lr": self.peak_lr, "min_lr": self.min_lr, "warmup_epochs": self.warmup_epochs}
         decay = lr_sched.half_cosine(at.progress, weight_decay, self.weight_decay_end)
         return lr_sched.stepwise(at.step, at.epoch, at.epochs, **rates), decay
-
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """Return the optimizer's groups: 1-D tensors and biases are not decayed; tokens and positions are."""
-        return param_groups_weight_decay(self, weight_decay)
 
 
 def _check_ratio_is_free(settings: PretrainSettings) -> None:

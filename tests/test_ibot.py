@@ -277,6 +277,7 @@ def test_it_is_fine_tuned_at_another_size(trained, pictures, tmp_path):
         (["--method_args", "warmup_teacher_patch_temp=0"], "warmup_teacher_patch_temp is 0"),
         (["--method_args", "pred_ratio=[0,0.9]", "pred_ratio_var=0.2"], "from 0 to 1"),
         (["--method_args", "pred_ratio=[0,0.3]", "pred_ratio_var=[0.1]"], "as many of each"),
+        (["--method_args", "masking_prob=0.7"], "masking_prob is 0.7, which ratio_per view passes over"),
         (["--method_args", "local_crops_scale=0.3"], "local_crops_scale"),
         (["--method_args", "momentum=1.5"], "momentum is 1.5"),
         (["--method_args", "out_dim=0"], "out_dim is 0"),
