@@ -9,27 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from util.distributed import signals
+from util.data.step_loader import evaluation_loader
 
 POOLS = ("mean", "cls", "tokens")
 
 
-class _InOrder(Dataset):
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int):
-        return self.dataset[0, index]
-
-
 def in_order(dataset: Dataset, batch_size: int = 256, num_workers: int = 0) -> DataLoader:
     """Return batches of `dataset[0, index]`, all indices in order. Draw no random number."""
-    own = torch.Generator()  # the loader would draw its workers' seed from the global one
-    workers = {"num_workers": num_workers, "worker_init_fn": signals.worker_signals()}
-    return DataLoader(_InOrder(dataset), batch_size=batch_size, generator=own, **workers)
+    return evaluation_loader(dataset, range(len(dataset)), batch_size=batch_size, num_workers=num_workers)
 
 
 @torch.no_grad()

@@ -65,7 +65,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     side.add_argument("--short_side", type=int, help="pixels of the shorter side")
     side.add_argument("--long_side", type=int, help="pixels of the longest side")
     parser.add_argument("--quality", type=int, default=90, help="of the JPEGs")
-    parser.add_argument("--shards", action="store_true", help="may be left out: shards are all that is written")
     parser.add_argument("--pixels", action="store_true", help="pixels instead of JPEGs: large, but quick to read")
     parser.add_argument("--per_shard", type=int, default=5000, help="images in a shard")
     parser.add_argument("--in_chans", type=int, default=3, help="1 grey, 3 RGB, 4 RGBA (written as PNG)")

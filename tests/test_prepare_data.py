@@ -75,7 +75,7 @@ def test_what_is_written_and_printed(images, tmp_path, capsys):
     assert {train.picture(index).size for index in range(len(train))} == {(48, 32), (64, 32)}
     assert "class1/9.jpg: cannot be decoded" in (target / "bad_pictures.txt").read_text()
     before = content(target)
-    prepare_data.main([*flags, "--shards"])  # which may be said
+    prepare_data.main(flags)
     assert content(target) == before
     assert "was begun with other settings" in refusal(prepare_data.main, [*flags, "--quality", "80"], capsys)
 

@@ -211,7 +211,7 @@ class _Keys(torch.utils.data.Sampler):
 def evaluation_loader(
     dataset: Dataset, indices: range, *, batch_size: int, num_workers: int = 0, pin_memory: bool = False
 ) -> DataLoader:
-    """Load the samples `indices` in order, without padding; the last batch may be smaller."""
+    """Load the samples `indices` in order, without padding; the last batch may be smaller. Draw no random number."""
     keys = [(0, index) for index in indices]
     batches = [keys[i : i + batch_size] for i in range(0, len(keys), batch_size)]
     return DataLoader(
@@ -221,4 +221,5 @@ def evaluation_loader(
         pin_memory=pin_memory,
         worker_init_fn=signals.worker_signals(),
         persistent_workers=num_workers > 0,
+        generator=torch.Generator(),  # the seed of the workers would be drawn from the global one
     )
