@@ -20,12 +20,12 @@ def linear_probe(train: Labelled, val: Labelled, **options) -> float:
     return fit_probe(lambda: nn.Linear(width, classes), train, val, **options)
 
 
-def attentive_probe(train: Labelled, val: Labelled, heads: int = 1, **options) -> float:
+def attentive_probe(train: Labelled, val: Labelled, **options) -> float:
     """Do the same on patch tokens (n, L, D), which a learned query pools by attention before the linear classifier."""
     width, classes = train[0].shape[-1], int(train[1].max()) + 1
 
     def build() -> nn.Module:
-        pool = AttentionPoolLatent(width, num_heads=heads, mlp_ratio=4.0, norm_layer=nn.LayerNorm)
+        pool = AttentionPoolLatent(width, num_heads=1, mlp_ratio=4.0, norm_layer=nn.LayerNorm)
         return nn.Sequential(pool, nn.LayerNorm(width), nn.Linear(width, classes))
 
     return fit_probe(build, train, val, **options)

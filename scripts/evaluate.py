@@ -53,10 +53,17 @@ def measurements(given: argparse.Namespace, opened: checkpoints.Opened) -> dict:
     """Return what `--metrics` asks for, by name."""
     shared = {name: getattr(given, name) for name in ("neighbours", "train_images", "val_images")}
     if "segmentation" not in given.metrics:
+        if given.num_classes is not None:
+            raise ValueError(f"--num_classes {given.num_classes}: is of --metrics segmentation alone; leave it out")
+        if given.ignore_index != [255]:
+            labels = " ".join(map(str, given.ignore_index))
+            raise ValueError(f"--ignore_index {labels}: is of --metrics segmentation alone; leave it out")
         shared |= {name: getattr(given, name) for name in ("num_workers", "pool", "crop_pct")}
         return measure.measure(opened, tuple(given.metrics), **shared)
     if given.crop_pct != 1:
         raise ValueError(f"--crop_pct {given.crop_pct}: segmentation takes whole images; leave it out")
+    if given.pool != "mean":
+        raise ValueError(f"--pool {given.pool}: segmentation classifies the patch tokens one by one; leave it out")
     if len(given.metrics) > 1:
         raise ValueError(
             f"--metrics {' '.join(given.metrics)}: segmentation needs label masks at --data_path, the others do not; "
@@ -119,7 +126,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--ignore_index", type=int, nargs="*", default=[255], help="segmentation: labels of pixels that do not count"
     )
     parser.add_argument("--model", help="architecture; without a checkpoint: untrained")
-    parser.add_argument("--dataset", help="folder or digits; default: the checkpoint's")
+    parser.add_argument(
+        "--dataset", help="as in pre-training: folder, wds, hfds/NAME, torch/NAME, digits; default: the checkpoint's"
+    )
     parser.add_argument(
         "--data_path",
         type=cli.path_text,

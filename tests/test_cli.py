@@ -264,6 +264,7 @@ def test_help_has_every_flag_in_the_group_of_its_kind(capsys):
     for kind, start, end in zip(config.KINDS, places, places[1:], strict=False):
         for name in config.names_of_kind(PretrainSettings, kind):
             assert f"--{name} " in said[start:end], name
+    assert "(default: 0.2 1.0)" in said[said.index("--crop_scale [") :].partition("--exact_resize")[0]
 
 
 def test_entries_of_a_mapping_are_changed_one_by_one(tmp_path):

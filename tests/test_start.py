@@ -106,8 +106,9 @@ def test_two_processes_refuse_with_one_sentence(pictures, tmp_path):
     assert content(tmp_path)["step"] == 7
 
 
-def test_no_folder_to_save_in_is_refused(pictures, capsys):
-    said = refusal(main_pretrain.main, flags(pictures, ""), capsys)
+@pytest.mark.parametrize("folder", ["", "  "])
+def test_no_folder_to_save_in_is_refused(pictures, capsys, folder):
+    said = refusal(main_pretrain.main, flags(pictures, folder), capsys)
     assert "--output_dir ''" in said
     assert "MAE then saves nothing, but a run here needs a folder" in said
 

@@ -81,8 +81,9 @@ def make_parser(settings_class: type[Settings]) -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name, field in fields_of_kind(settings_class, kind).items():
             hint, text = hints[name], field.metadata["help"].replace("%", "%%")
-            if field.default not in (None, dataclasses.MISSING) and "default" not in text:
-                text += f" (default: {field.default})"
+            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            if default not in (None, []) and "default" not in text:
+                text += f" (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
             if typing.get_origin(hint) is list:
                 action = "extend" if field.metadata["pairs"] else "store"
                 group.add_argument(f"--{name}", nargs="*", action=action, metavar="VALUE", help=text)

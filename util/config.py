@@ -99,7 +99,7 @@ class Settings:
 
     def check(self) -> None:
         """Raise ValueError, in one sentence with flag, value and remedy, for values that cannot work in any task."""
-        if not self.output_dir:
+        if not (self.output_dir or "").strip():
             raise ValueError(
                 "--output_dir '': is empty; MAE then saves nothing, but a run here needs a folder to continue from: "
                 "name one (such as $(mktemp -d), to throw away), or leave the flag out for ./output_dir"
@@ -114,8 +114,6 @@ class Settings:
                 f"--stop_after_epoch {self.stop_after_epoch}: must be an epoch of the schedule, 0 to "
                 f"{self.epochs - 1}; --epochs is the length of the schedule"
             )
-        if not self.output_dir.strip():
-            raise ValueError("--output_dir '': every run saves a checkpoint; name its folder, such as ./output_dir")
         for name in ("input_size", "patch_size"):
             if len(getattr(self, name)) > 2 or any(side < 1 for side in getattr(self, name)):
                 raise ValueError(f"--{name} {getattr(self, name)}: give one side or height and width, in pixels")
@@ -269,9 +267,11 @@ class SupervisedSettings(Settings):
         None, "pre-trained weights to start from (also MAE, DINO, timm, Hugging Face)", path=True
     )
     nb_classes: int | None = result(None, "number of classes; default: the class folders of the training pictures")
-    global_pool: bool | None = result(None, "classify the mean of the patch tokens", replaces=("cls_token",))
+    global_pool: bool | None = result(
+        None, "classify the mean of the patch tokens; the default of fine-tuning", replaces=("cls_token",)
+    )
     cls_token: bool = result(
-        False, "classify the class token: the opposite of --global_pool", replaces=("global_pool",)
+        False, "classify the class token instead; the default of linear probing", replaces=("global_pool",)
     )
     crop_pct: float | None = result(None, "evaluation: centre crop over resized side; default: 0.875 up to 224 pixels")
     crop_scale: list[float] = result([0.08, 1.0], "range of the random crop's area over the image's")
