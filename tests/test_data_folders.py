@@ -46,6 +46,10 @@ def test_capitals_are_small_letters_in_the_endings_of_a_loader(tmp_path, monkeyp
             np.save(file, np.zeros((4, 4), dtype=np.uint8))
     images = datasets.open_unlabelled("folder", str(tmp_path), 1, "util.loaders:npy")
     assert names_of(images) == [str(tmp_path / name) for name in ("a.NPY", "b.npy", "c.Arr")]
+    monkeypatch.setattr(loaders.npy, "extensions", ".arr")  # one needs no tuple
+    assert names_of(datasets.open_unlabelled("folder", str(tmp_path), 1, "util.loaders:npy")) == [
+        str(tmp_path / "c.Arr")
+    ]
 
 
 def names_of(images):

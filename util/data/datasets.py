@@ -327,7 +327,8 @@ def check_several_classes(images: ImageSet) -> None:
 
 def _with_loader(root: Path, loader: str, in_chans: int) -> ImageSet:
     function = sources.import_loader(loader)
-    endings = tuple(getattr(function, "extensions", ("",)))
+    endings = getattr(function, "extensions", "")
+    endings = (endings,) if isinstance(endings, str) else tuple(endings)
     paths, passed_over = sources.find_files(root, endings)
     if not paths:
         raise ValueError(f"--data_path {root}: no file {' or '.join(endings)} below it for --loader {loader}")
