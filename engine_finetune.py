@@ -86,7 +86,7 @@ class Classification(Method):
             return logits
         over = ~(logits.detach().abs() < _DIVERGED).flatten(1).all(dim=1)
         self.diverged = self.diverged.to(over.device) | over
-        return torch.where(over[:, None, None], 0.0, logits)
+        return torch.where(self.diverged[:, None, None], 0.0, logits)
 
     def schedule(self, at: At, lr: float, weight_decay: float) -> tuple[float, float]:
         """Return the learning rate, that of the whole epoch with `rate_of_epoch`, and the weight decay."""

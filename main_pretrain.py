@@ -71,7 +71,8 @@ def train(context: Context, inputs: Inputs) -> None:
 
     watcher = None
     if world.is_main() and (settings.eval_every or settings.vis_every):
-        watcher = monitor.Monitor(settings, method, context.log)
+        with cli.exit_on_user_error():  # of its validation images
+            watcher = monitor.Monitor(settings, method, context.log)
     for epoch in job.epochs():
         stats = engine_pretrain.train_one_epoch(method, job, update, epoch)
         line = {f"train_{name}": value for name, value in stats.items()}
@@ -92,7 +93,7 @@ def check(settings: PretrainSettings) -> Inputs:
     images = datasets.open_unlabelled(settings.dataset, settings.data_path, settings.in_chans, settings.loader)
     step_plan(settings, len(images), joins=method.accumulates)
     for name in settings.needs_pictures:
-        images.check_pictures(f"--{name}", "drop one")
+        images.check_pictures(f"--{name}", "leave it out")
     if method.changes_colours and images.dtype not in (None, np.uint8):
         raise ValueError(
             f"--method {settings.method}: changes the colours of 8-bit images, and those of {settings.data_path} are "

@@ -65,7 +65,7 @@ def matmul_peak(
 def peak_memory(step: Callable[[], object], tensors: list[torch.Tensor]) -> float:
     """Return the bytes that `step` needs: `tensors` that it keeps, and the most it allocates on top while it runs."""
     kept = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    if torch.cuda.is_available():
+    if tensors[0].is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -43,14 +43,20 @@ def main(argv: list[str]) -> None:
                 report.write_json(arguments.json, content)  # after every model: nothing is lost if a later one fails
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    """Return the flags of `train` and `growth`."""
-    parser = argparse.ArgumentParser(prog="scripts/benchmark.py train", description=main.__doc__)
-    gpu = torch.cuda.is_available()
+def parser_of(what: Callable) -> argparse.ArgumentParser:
+    """Return the flags that `train` and `growth` share."""
+    name = "train" if what is main else what.__name__
+    parser = argparse.ArgumentParser(prog=f"scripts/benchmark.py {name}", description=what.__doc__)
     add_device_flags(parser)
-    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["base", "large"] if gpu else ["base"])
     parser.add_argument("--batch_size", type=int, help="default: 16 on the CPU, as many as fit up to 512 on a GPU")
-    parser.add_argument("--repeats", type=int, default=3 if gpu else 1, help="steps in one turn")
+    parser.add_argument("--repeats", type=int, default=3 if torch.cuda.is_available() else 1, help="steps in one turn")
+    return parser
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Return the flags of `train`."""
+    parser, gpu = parser_of(main), torch.cuda.is_available()
+    parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=["base", "large"] if gpu else ["base"])
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=gpu, help="also with torch.compile")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="only these lines of the table, and random")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="also other codes' steps")
@@ -187,11 +193,13 @@ def ours_bytes(contender: Contender) -> int:
 
 
 def growth(argv: list[str]) -> None:
-    """Time how a step grows with the batch, the image and the mask ratio."""
-    arguments = parse(argv)
+    """Time how an eager step grows with the batch, the image and the mask ratio."""
+    parser = parser_of(growth)
+    parser.add_argument("--models", choices=sorted(MODELS), default="base", help="one of them")
+    arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
     amp = precision.resolve_amp(arguments.amp, device)
-    name = MODELS[arguments.models[0]]
+    name = MODELS[arguments.models]
     largest = arguments.batch_size or fitting_batch(Ours(name, device, amp), device)
     sizes = [largest // 2**i for i in range(largest.bit_length())][::-1]
     content = {"environment": report.environment(), "amp": amp, "model": name}

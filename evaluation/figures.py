@@ -32,7 +32,7 @@ def choose_mask(
     strategy: masking.base.Strategy,
     images: torch.Tensor,
     noise: torch.Tensor,
-    progress: float = _OFFERED["progress"],
+    progress: float = 1.0,
 ) -> masking.Mask:
     """Mask normalised images (N, C, H, W) by noise (N, L) as `strategy` does at `progress` of the training.
 
@@ -104,7 +104,7 @@ def columns(
     rebuilt: str | None = None,
     seed: int = 0,
     names: Sequence[str] = STANDARD,
-    progress: float = _OFFERED["progress"],
+    progress: float = 1.0,
 ) -> list[drawing.Column]:
     """Make the columns for `drawing.draw`: the image, and what `names` says.
 
@@ -189,7 +189,7 @@ def salience_statistics(
     images: torch.Tensor,
     strategy: masking.base.Strategy,
     masks: masking.base.Strategy | None = None,
-    progress: float = _OFFERED["progress"],
+    progress: float = 1.0,
 ) -> dict[str, torch.Tensor]:
     """Compute statistics (N,) of normalised images (N, C, H, W), one number for each.
 

@@ -43,6 +43,6 @@ def push(folder: Path, files: tuple[str, ...], name: str) -> str:
     except Exception as error:  # of the network, of the Hub, of many classes
         raise ValueError(
             f"--push_to_hub {name}: {folder} is written, but not uploaded ({error}); try again with the same command "
-            "and --overwrite"
+            "and --overwrite, which writes README.md anew"
         ) from error
     return str(place)

@@ -186,7 +186,7 @@ class SBAMAdaptive(SBAM):
     def at_ratios(self, tokens: torch.Tensor, ratios: Ratios, noise: torch.Tensor | None = None, **needed) -> Replaced:
         """Replace tokens (N, L, D) where a method draws the base ratio r of each image: Eq. 7 around it; 0 stays 0."""
         # Only the ranking is used: what `mask_ratio` would keep may not even be possible on this grid.
-        mask, num_tokens = self._mask(tokens, noise, needed.get("grid"), lambda *_: 1), tokens.shape[1]
+        mask, num_tokens = self._mask(tokens, noise, None, lambda *_: 1), tokens.shape[1]
         base = on_device(ratios.rows, torch.float64, tokens.device)
         share = (mask.stats["salient_share"].double() * num_tokens).round() / num_tokens  # fp32 is off by a hair
         own = (base + float(self.delta_r) * (2 * share - 1)).clamp(0, 1)

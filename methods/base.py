@@ -49,6 +49,7 @@ class Inputs(NamedTuple):
         decode_noise: (N, L) in [0, 1) that draws which removed tokens are predicted, where only a part is.
         ratios: drawn mask ratios, of methods that replace tokens.
         targets: (N,) classes or (N, classes) probabilities, of labelled images only.
+        step_size: images of the step, over all processes, where the method asks for it.
     """
 
     views: list[torch.Tensor]
@@ -59,6 +60,7 @@ class Inputs(NamedTuple):
     decode_noise: torch.Tensor | None = None
     ratios: masking.Ratios | None = None
     targets: torch.Tensor | None = None
+    step_size: int | None = None
 
 
 @dataclass(frozen=True)

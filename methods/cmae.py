@@ -147,7 +147,8 @@ class CMAE(Method):
         """Put a micro-batch on the device: both views, normalised, and what the masks draw."""
         views = [self.normalize(view.to(device, non_blocking=True)) for view in micro_batch.batch[0]]
         noise, index = self.noise(micro_batch, seed, device), torch.tensor(micro_batch.indices)
-        return Inputs(views, noise, index, draw=seeding.step_draw(seed, micro_batch.step))
+        draw = seeding.step_draw(seed, micro_batch.step)
+        return Inputs(views, noise, index, draw=draw, step_size=micro_batch.step_size)
 
     def choose(self, inputs: Inputs, at: At) -> Plan:
         """Choose which patches of the first view to remove; project what the teacher sees of the second."""
@@ -155,7 +156,7 @@ class CMAE(Method):
         with torch.no_grad(), precision.autocast(self.amp, images.device):
             encoder = self.teacher["model"]
             target = self.teacher["projector"](encoder.encode(encoder.embed(seconds), None)[:, 1:].mean(dim=1))
-        target, first = world.gather_rows(F.normalize(target.float(), dim=-1))
+        target, first = world.gather_rows(F.normalize(target.float(), dim=-1), inputs.step_size)
         count = torch.full((), len(images), device=images.device)
         counts = {"pixels": mask.loss_weight.sum(), "contrast": count}
         return Plan(counts, mask, {"targets": target, "first": first}, mask.stats)

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as td
-import torch.distributed.nn.functional as tdf
 import torch.nn.functional as F
 from torch import nn
 
+from util.distributed import world
 from util.precision import no_autocast
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over all processes, which each of them differentiates: so gradients are summed, too."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        return world.all_reduce(x.clone())
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return world.all_reduce(gradient.clone())
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
@@ -24,10 +36,10 @@ class GlobalBatchNorm(nn.BatchNorm1d):
             return super().forward(x)
         count = torch.full((1,), float(len(x)), device=x.device)
         total = torch.cat([count, x.sum(dim=0)])
-        total = tdf.all_reduce(total) if td.is_initialized() else total
+        total = _Sum.apply(total) if td.is_initialized() else total
         count, mean = total[0], total[1:] / total[0]
         squares = (x - mean).square().sum(dim=0)
-        squares = tdf.all_reduce(squares) if td.is_initialized() else squares
+        squares = _Sum.apply(squares) if td.is_initialized() else squares
         with torch.no_grad():
             self.running_mean.lerp_(mean.detach(), self.momentum)
             self.running_var.lerp_(squares.detach() / (count - 1).clamp(min=1), self.momentum)

@@ -76,7 +76,7 @@ def open_sweep(given: argparse.Namespace) -> list[trial.SweepRun]:
     parser = runpy.run_path(str(ROOT / "scripts/evaluate.py"), run_name="evaluate")["make_parser"]()
     try:
         with processes(given.ngpus):
-            runs = sweep.expand(content, given.output)
+            runs = sweep.expand(content, given.output, None if given.gather else given.ngpus)
             if given.only is not None:
                 found = [run for run in runs if run.folder.name == given.only]
                 if not found:

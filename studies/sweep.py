@@ -25,7 +25,6 @@ from typing import Any
 
 from studies.trial import LAST, Step, SweepRun, text_of
 from util import yaml_files
-from util.distributed import world
 from util.files import expand_home
 from util.suggest import check_known
 
@@ -103,8 +102,14 @@ def _must(right: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def expand(content: dict[str, Any], output: str | Path | None = None) -> list[SweepRun]:
-    """Return the runs of a sweep; `output` replaces the file's own. ValueError: none is left, or names collide."""
+def expand(content: dict[str, Any], output: str | Path | None = None, ngpus: int | None = None) -> list[SweepRun]:
+    """Return the runs of a sweep. ValueError: none is left, or names collide.
+
+    Args:
+        content: of the file.
+        output: replaces the file's own.
+        ngpus: processes of a training; None where only what is there is wanted.
+    """
     folder = Path(content["output"] if output is None else output).expanduser()
     runs: dict[str, SweepRun] = {}
     for values in itertools.product(*content["grid"].values()):
@@ -116,7 +121,7 @@ def expand(content: dict[str, Any], output: str | Path | None = None) -> list[Sw
         _must(
             len(name.encode()) < 256, f"grid: {name} is too long for the name of a folder; put shared values elsewhere"
         )
-        runs[name] = _run(content, point, folder / name)
+        runs[name] = _run(content, point, folder / name, ngpus)
     _must(bool(runs), "skip: leaves no run out of the grid's combinations; take a rule away")
     return list(runs.values())
 
@@ -159,13 +164,12 @@ def flags(options: dict[str, Any]) -> list[str]:
     return argv
 
 
-def _run(content: dict[str, Any], point: dict[str, Any], folder: Path) -> SweepRun:
+def _run(content: dict[str, Any], point: dict[str, Any], folder: Path, ngpus: int | None) -> SweepRun:
     options, measure = _merged(content["pretrain"], point), content["measure"]
     for rule in content.get("adjust", []):
         if _matches(point, rule["when"]):
             options, measure = _merged(options, rule.get("set", {})), _merged(measure, rule.get("measure", {}))
     pretrain = folder / "pretrain"
-    ngpus = world.launched_world_size()
     steps = [Step("pretrain", (*flags(options), "--output_dir", str(pretrain)), options, pretrain, ngpus=ngpus)]
     for label in map(str, content.get("checkpoints", [LAST])):
         source = pretrain / f"checkpoint-{label}.pth"

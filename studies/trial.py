@@ -36,7 +36,7 @@ class Step:
         argv: its flags, and `given`, those that the sweep file has.
         folder: where its result goes.
         source: the checkpoint that it measures, and `label`, `LAST` or its epoch; None for the pre-training.
-        ngpus: processes of a training.
+        ngpus: processes of a training; None where only what is there is wanted.
     """
 
     task: str
@@ -45,7 +45,7 @@ class Step:
     folder: Path
     source: Path | None = None
     label: str | None = None
-    ngpus: int = 1
+    ngpus: int | None = None
 
     @property
     def script(self) -> str:
@@ -79,6 +79,8 @@ class Step:
             names = asked.keys() & there.keys()
         if self.source is not None and asked["checkpoint"] is None:  # it was removed since
             names -= {"checkpoint"}
+        if self.ngpus is None:
+            names -= {"ngpus"}
         return {
             name: (there.get(name), asked.get(name)) for name in sorted(names) if there.get(name) != asked.get(name)
         }
@@ -132,6 +134,11 @@ class SweepRun:
             )
         differences = pretrain.differences()
         told = ", ".join(f"--{name} {there} ({asked} is asked for)" for name, (there, asked) in differences.items())
+        if differences.keys() == {"ngpus"}:
+            raise ValueError(
+                f"{pretrain.folder}: holds a pre-training with {told}, whose batch is another; give --ngpus "
+                f"{differences['ngpus'][0]}, or set effective_batch_size and name another --output"
+            )
         there, asked = differences.pop("epochs", (None, 0))
         if not _read(pretrain.folder / RECORD):
             told = f"no {RECORD} that can be read"

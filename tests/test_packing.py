@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from masking.sequences import Sequences
 from util.packing import PackedLayout, packed_attention
 
-LENGTHS = [(7,), (3, 3, 3), (1, 64, 20, 20, 5), (2, 1, 1, 9)]
+LENGTHS = [(7,), (3, 3, 3), (1, 64, 20, 20, 5), (2, 1, 1, 9), (200, 129, 1)]  # above 128 a GPU has other kernels
 
 
 def each_alone(qkv: torch.Tensor, lengths: tuple[int, ...]) -> torch.Tensor:

@@ -21,6 +21,7 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 import masking
+import methods
 from util.distributed import signals
 from util.training import checkpoint
 from util.training.step import GradientStep
@@ -68,6 +69,18 @@ def test_workers_may_change_when_a_stopped_run_continues(pictures, tmp_path, num
     assert content(tmp_path / "parts")["step"] == 10
     pretrain(pictures, tmp_path / "parts", "--masking", "sbam_amr", "--num_workers", after)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_full_memory_of_a_gpu_is_one_sentence(pictures, tmp_path, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of")
+
+    monkeypatch.setattr(methods.MAE, "forward", full)
+    with pytest.raises(SystemExit) as stop:
+        pretrain(pictures, tmp_path)
+    assert stop.value.code == 1
+    said = "error: the memory of cpu is full (CUDA out of memory. Tried to allocate 2.00 GiB); lower --batch_size and"
+    assert said in capsys.readouterr().err
 
 
 def test_fp16_continues_with_its_scale(pictures, tmp_path):

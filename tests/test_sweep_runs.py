@@ -212,14 +212,17 @@ def test_done_is_what_the_checkpoint_and_a_whole_result_say(small, tmp_path, cap
     assert f"{folder}: holds a pre-training with no command.json that can be read; name another --output" in said
 
 
-def test_a_batch_of_other_processes_makes_another_training(small, tmp_path, monkeypatch):
+def test_a_batch_of_other_processes_makes_another_training(small, tmp_path, capsys):
     whole = small({"epochs": 1, "effective_batch_size": 8, "batch_size": 2}).rename(tmp_path / "whole.yaml")
     path = small({"epochs": 1})
     for file, different in ((path, {"ngpus": (1, 2)}), (whole, {})):
-        sweep.expand(sweep.load(file), tmp_path / "o")[0].steps[0].begin()
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert sweep.expand(sweep.load(file), tmp_path / "o")[0].steps[0].differences() == different
-        monkeypatch.delenv("WORLD_SIZE")
+        first, other, any_number = (sweep.expand(sweep.load(file), tmp_path / "o", n)[0].steps[0] for n in (1, 2, None))
+        first.begin()
+        assert other.differences() == different
+        assert any_number.differences() == {}
+    assert status_of(path, "--output", tmp_path / "p", "--only", "seed=0") == 0
+    said = refusal(script(), [path, "--output", tmp_path / "p", "--ngpus", "2"], capsys)
+    assert "holds a pre-training with --ngpus 1 (2 is asked for), whose batch is another; give --ngpus 1" in said
 
 
 def test_a_run_that_another_sweep_is_doing_is_left_to_it(small, tmp_path, capsys):

@@ -74,7 +74,7 @@ class BadImages:
                 limit, remedy = "which is all of them", ""
             print(
                 f"error: {count} of {self.num_images} pictures cannot be decoded, {limit}; "
-                f"mend or remove the files named above{remedy}",
+                f"mend or replace the files named above{remedy}",
                 file=sys.stderr,
                 flush=True,
             )

@@ -116,8 +116,7 @@ def submit(jobs: list[Callable], folder: Path, values: dict, dry_run: bool = Fal
         def affinity(cls) -> int:
             return 1  # a script can be printed where there is no SLURM
 
-    if module := sys.modules.get(type(jobs[0]).__module__):
-        cloudpickle.register_pickle_by_value(module)
+    cloudpickle.register_pickle_by_value(sys.modules[type(jobs[0]).__module__])
     executor = Executor(folder)
     executor.update_parameters(**values)
     if dry_run:

@@ -127,17 +127,20 @@ def all_reduce(tensor: torch.Tensor, op: str = "sum") -> torch.Tensor:
     return tensor
 
 
-def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Gather rows (N, D) of all processes, without gradient; their numbers may differ.
+def gather_rows(rows: torch.Tensor, total: int | None = None) -> tuple[torch.Tensor, int]:
+    """Gather rows (N, D) of all processes, without gradient.
+
+    Args:
+        rows: this process's.
+        total: rows of all processes, which take turns: so one may have one less than another. All have as many if None.
 
     Returns:
         All rows, process by process, and the place of this process's first one among them.
     """
     if not td.is_initialized():
         return rows.detach(), 0
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
-    counts[rank()] = len(rows)
-    counts = all_reduce(counts).tolist()
+    total = len(rows) * world_size() if total is None else total
+    counts = [len(range(total)[place :: world_size()]) for place in range(world_size())]
     padded = rows.new_zeros(max(counts), rows.shape[1])
     padded[: len(rows)] = rows.detach()
     found = [torch.empty_like(padded) for _ in counts]

@@ -90,6 +90,15 @@ class Context:
         if loading.is_lost_batch(error):
             print(f"error: {loading.describe(error)}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
+        if isinstance(error, torch.OutOfMemoryError):
+            asked = ". ".join(str(error).split(". ")[:2])
+            print(
+                f"error: the memory of {self.device} is full ({asked}); lower --batch_size and keep the batch as a "
+                "whole with --effective_batch_size, or add --grad_checkpointing",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise SystemExit(1) from None
 
     @property
     def start_epoch(self) -> int:

@@ -126,9 +126,11 @@ def _numbered_as(
         return val.relabelled(classes, ""), []
     where = f"--data_path {settings.data_path}"
     if len(extra) == len(val.classes) == len(classes):
-        return val, [
+        numbers = all(name.isdecimal() for name in val.classes)  # 0 to 999: as text, 10 comes before 2
+        order = tuple(sorted(val.classes, key=int)) if numbers else val.classes
+        return val.relabelled(order, where), [
             f"{start}: names its classes otherwise than {where}; they are taken in the same order: {classes[0]!r} is "
-            f"{val.classes[0]!r}, ..., {classes[-1]!r} is {val.classes[-1]!r}"
+            f"{order[0]!r}, ..., {classes[-1]!r} is {order[-1]!r}"
         ]
     raise ValueError(
         f"{start}: has {len(classes)} classes ({', '.join(classes[:3])}, ...) without {extra[:5]}, which val/ of "
