@@ -97,10 +97,6 @@ class SimMIMViT(MaskedModel, Beit):
             for layer in (block.attn.proj, block.mlp.fc2):
                 layer.weight.data.div_((2 * number) ** 0.5)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Compute the activations of the blocks again in the backward pass."""
-        MaskedModel.set_grad_checkpointing(self, enable)
-
     def compile_blocks(self, **options) -> None:
         """Compile the transformer blocks; `options` go to `torch.compile`."""
         self._run_block = torch.compile(_block, dynamic=False, fullgraph=True, **options)

@@ -7,16 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from util.data.step_loader import evaluation_loader
 
 POOLS = ("mean", "cls", "tokens")
-
-
-def in_order(dataset: Dataset, batch_size: int = 256, num_workers: int = 0) -> DataLoader:
-    """Return batches of `dataset[0, index]`, all indices in order. Draw no random number."""
-    return evaluation_loader(dataset, range(len(dataset)), batch_size=batch_size, num_workers=num_workers)
 
 
 @torch.no_grad()
@@ -64,7 +59,8 @@ def extract_features(
     model.eval()
     device = next(model.parameters()).device
     features, labels = [], []
-    for images, targets in in_order(dataset, batch_size, num_workers):
+    loader = evaluation_loader(dataset, range(len(dataset)), batch_size=batch_size, num_workers=num_workers)
+    for images, targets in loader:
         features.append(encode_images(model, normalize(images.to(device)), pool).cpu())
         labels.append(targets)
     return torch.cat(features), torch.cat(labels)

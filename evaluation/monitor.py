@@ -19,6 +19,7 @@ import masking
 from evaluation import drawing, features, figures
 from util.config import PretrainSettings
 from util.data import datasets, sources, transforms
+from util.data.step_loader import evaluation_loader
 from util.training.log import RunLog
 from util.training.step import At
 
@@ -216,7 +217,7 @@ def salience_of_set(
 ) -> dict[str, torch.Tensor]:
     """Compute `figures.salience_statistics`, which has `now`, of all images of a set: (n,) each, on the CPU."""
     found: dict[str, list[torch.Tensor]] = {}
-    for pixels, _ in features.in_order(images, num_workers=num_workers):
+    for pixels, _ in evaluation_loader(images, range(len(images)), batch_size=256, num_workers=num_workers):
         batch = figures.salience_statistics(model, normalize(pixels.to(normalize.shift.device)), strategy, **now)
         for name, values in batch.items():
             found.setdefault(name, []).append(values.cpu())

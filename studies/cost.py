@@ -203,7 +203,7 @@ def blank_inputs(method: Method, settings: PretrainSettings) -> Inputs:
     if not getattr(method.views, "takes_pixels", False):
         picture = v2.functional.to_pil_image(picture.permute(2, 0, 1))
     batch = MicroBatch(
-        default_collate([(method.views(picture),)] * _BATCH), True, 0, range(_BATCH), _BATCH, list(range(_BATCH))
+        default_collate([(method.views(picture),)] * _BATCH), 0, range(_BATCH), _BATCH, list(range(_BATCH))
     )
     inputs = method.inputs(batch, 0, torch.device("cpu"))
     if inputs.ratios is None:

@@ -179,7 +179,7 @@ def test_prototypes_are_frozen_in_the_first_epoch():
 
 def micro_batch(places: range) -> MicroBatch:
     """Images of a step of 400, without the images."""
-    return MicroBatch([], True, 3, places, 400, list(places))
+    return MicroBatch([], 3, places, 400, list(places))
 
 
 def test_ratios_belong_to_the_place_in_the_step():

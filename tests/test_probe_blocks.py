@@ -18,6 +18,7 @@ from methods import base
 from models_base import keep_blocks
 from scripts import evaluate
 from util.config import PretrainSettings
+from util.data.step_loader import evaluation_loader
 from util.training import checkpoint
 
 METHODS = {"mae": "vit_mini_patch4", "simmim": "simmim_vit_mini_patch4", "bootmae": "bootmae_vit_mini_patch4"}
@@ -108,7 +109,8 @@ def test_evaluate_measures_the_first_blocks(encoder, tmp_path, pool):
     evaluate.main([str(value) for value in [*arguments, "--output", tmp_path / "result.json"]])
     found = json.loads((tmp_path / "result.json").read_text())
     opened = checkpoints.open_checkpoint(path)
-    images, _ = next(iter(features.in_order(monitor.open_sets(opened.settings, opened.size, 40, 40).val)))
+    val = monitor.open_sets(opened.settings, opened.size, 40, 40).val
+    images, _ = next(iter(evaluation_loader(val, range(len(val)), batch_size=256)))
     tokens = output_of(whole, 1, opened.normalize(images))
     expected = features.rank_me(tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1))
     assert (found["rank_me"], found["probe_blocks"]) == (pytest.approx(expected, rel=1e-4), 2)

@@ -103,7 +103,6 @@ class MicroBatch:
 
     Attributes:
         batch: what the data set's samples were collated to.
-        last: the last micro-batch of its step.
         step: number of the optimizer step, counted over all epochs.
         places: of these samples among the step's, over all processes.
         step_size: samples of the step, over all processes.
@@ -111,7 +110,6 @@ class MicroBatch:
     """
 
     batch: list
-    last: bool
     step: int
     places: range
     step_size: int
@@ -155,11 +153,10 @@ class StepLoader:
     def _micro_batches(
         self, epoch: int, step: int, grouped: list[list[int]], batches: Iterator[list], number: Iterator[int]
     ) -> Iterator[MicroBatch]:
-        size, all_places = self.plan.step_size(step), self.plan.places(step)
-        for places, indices in zip(all_places, grouped, strict=True):
+        size = self.plan.step_size(step)
+        for places, indices in zip(self.plan.places(step), grouped, strict=True):
             self._awaited = next(number), indices
-            last, global_step = places is all_places[-1], epoch * len(self) + step
-            yield MicroBatch(next(batches), last, global_step, places, size, indices)
+            yield MicroBatch(next(batches), epoch * len(self) + step, places, size, indices)
 
     def close(self) -> None:
         """End the workers, and give back their memory and file descriptors; there are no more batches."""
