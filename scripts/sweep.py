@@ -105,6 +105,8 @@ def check(given: argparse.Namespace) -> None:
     for name in ("parallel", "ngpus", *submission.NUMBERS):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             raise ValueError(f"--{name} {getattr(given, name)}: must be at least 1")
+    if given.gather and given.only is not None:
+        raise ValueError(f"--gather --only {given.only}: the table is of all runs; choose one of the two")
     if given.output == "":
         raise ValueError("--output '': is empty; name a folder")
     for name in submission.TEXTS:

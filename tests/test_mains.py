@@ -187,6 +187,25 @@ def test_a_classifier_with_other_names_is_evaluated_in_the_order_of_the_folders(
         assert f"without {lacking}"[:-1] in said
 
 
+def test_folders_that_are_numbers_are_in_the_order_of_numbers(tmp_path, capsys):
+    """As ImageNet-V2's, 0 to 999."""
+    folder, run = write_pictures(tmp_path / "pictures", classes=11), tmp_path / "task"
+    (line,) = supervised(main_finetune, folder, run)
+    content = checkpoint.load(run / checkpoint.LAST)
+    for split in ("train", "val"):
+        for number, name in enumerate(content["classes"]):
+            (folder / split / name).rename(folder / split / str(number))
+    capsys.readouterr()
+    supervised(main_finetune, folder, run, "--eval")
+    said = capsys.readouterr().out
+    assert f"{line['test_acc1']:.2f}% (top 5 {line['test_acc5']:.2f}%, loss {line['test_loss']:.4f})" in said
+    assert f"{content['classes'][-1]!r} is '10'" in said
+    torch.save({"model": content["model"]}, tmp_path / "nameless.pth")
+    supervised(main_finetune, folder, run, "--eval", "--finetune", tmp_path / "nameless.pth")
+    assert "names no classes; those of --data_path" in (said := capsys.readouterr().out)
+    assert "as text: 0, 1, 10, ..." in said
+
+
 def test_flags_of_the_optimizer_count_when_a_run_continues(pictures, tmp_path):
     supervised(main_finetune, pictures, tmp_path, "--layer_decay", 0.75)
     supervised(main_finetune, pictures, tmp_path, "--layer_decay", 0.5, "--weight_decay", 0.9, "--epochs", 2)

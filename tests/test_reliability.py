@@ -79,7 +79,7 @@ def test_full_memory_of_a_gpu_is_one_sentence(pictures, tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         pretrain(pictures, tmp_path)
     assert stop.value.code == 1
-    said = "error: the memory of cpu is full (CUDA out of memory. Tried to allocate 2.00 GiB); lower --batch_size and"
+    said = "error: the memory of cpu is full (CUDA out of memory. Tried to allocate 2.00 GiB); lower --batch_size (with"
     assert said in capsys.readouterr().err
 
 

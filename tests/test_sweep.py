@@ -263,6 +263,7 @@ def test_a_mistake_with_slurm_is_one_sentence(slurm, tmp_path, capsys):
         (["--parallel", "0"], "--parallel 0: must be at least 1"),
         (["--ngpus", "-1"], "--ngpus -1: must be at least 1"),
         (["--output", ""], "--output '': is empty; name a folder"),
+        (["--gather", "--only", "seed=7"], "--gather --only seed=7: the table is of all runs; choose one"),
         (["--only", "seed=7"], "--only seed=7: no run has this name; one is masking=random-seed=0"),
         (["--output", "/proc/none"], "--output /proc/none: cannot be made (No such file or directory)"),
     ],

@@ -93,8 +93,8 @@ class Context:
         if isinstance(error, torch.OutOfMemoryError):
             asked = ". ".join(str(error).split(". ")[:2])
             print(
-                f"error: the memory of {self.device} is full ({asked}); lower --batch_size and keep the batch as a "
-                "whole with --effective_batch_size, or add --grad_checkpointing",
+                f"error: the memory of {self.device} is full ({asked}); lower --batch_size (with "
+                "--effective_batch_size the batch as a whole stays), use more GPUs, or add --grad_checkpointing",
                 file=sys.stderr,
                 flush=True,
             )

@@ -61,6 +61,11 @@ def open_inputs(settings: SupervisedSettings, build: Build, multiple: int = 1) -
     elif content.get("classes"):
         val, unlike = _numbered_as(tuple(content["classes"]), val, start, settings)
         notes += unlike
+    elif val.classes != _in_order(val.classes):
+        notes.append(
+            f"{start}: names no classes; those of --data_path {settings.data_path} are taken in the order of "
+            f"their names as text: {', '.join(val.classes[:3])}, ..."
+        )
     if settings.nb_classes is not None and settings.nb_classes < len(val.classes):
         raise ValueError(f"--nb_classes {settings.nb_classes}: the pictures have {len(val.classes)} classes")
     num_classes = settings.nb_classes or len(val.classes)
@@ -126,8 +131,7 @@ def _numbered_as(
         return val.relabelled(classes, ""), []
     where = f"--data_path {settings.data_path}"
     if len(extra) == len(val.classes) == len(classes):
-        numbers = all(name.isdecimal() for name in val.classes)  # 0 to 999: as text, 10 comes before 2
-        order = tuple(sorted(val.classes, key=int)) if numbers else val.classes
+        order = _in_order(val.classes)
         return val.relabelled(order, where), [
             f"{start}: names its classes otherwise than {where}; they are taken in the same order: {classes[0]!r} is "
             f"{order[0]!r}, ..., {classes[-1]!r} is {order[-1]!r}"
@@ -137,6 +141,11 @@ def _numbered_as(
         f"{where} has; name the {len(val.classes)} classes there as in the checkpoint, or take images of those it was "
         "trained on"
     )
+
+
+def _in_order(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names in order, numbers in theirs: as text, 10 comes before 2."""
+    return tuple(sorted(classes, key=int)) if all(name.isdecimal() for name in classes) else classes
 
 
 def _check_classifier(path: str | Path, state: dict[str, torch.Tensor]) -> None:
