@@ -111,15 +111,8 @@ class IBOT(Method):
         self.weight_decay_end = check_number("weight_decay_end", weight_decay_end)
         self.weights = check_number("lambda1", lambda1), check_number("lambda2", lambda2)
         self.ratio_per = getattr(strategy, "ratio_per", "view") if ratio_per is None else ratio_per
-        if self.ratio_per not in ("view", "step"):
-            raise ValueError(f"ratio_per is {ratio_per!r}; choose view or step")
+        self.masking_prob = _check_rule(self.ratio_per, masking_prob)
         self.ratios = masking.check_ratios(pred_ratio, pred_ratio_var, self.ratio_per)
-        if masking_prob is not None and self.ratio_per == "view":
-            raise ValueError(
-                f"masking_prob is {masking_prob!r}, which ratio_per view passes over: there a pred_ratio of 0 leaves "
-                "views whole; leave it out, or choose ratio_per=step"
-            )
-        self.masking_prob = check_share("masking_prob", 0.5 if masking_prob is None else masking_prob)
         self.local_number = _whole("local_crops_number", local_crops_number, 0)
         self.local_size, self.local_scale = _check_locals(model, local_size, local_crops_scale)
 
@@ -369,6 +362,18 @@ def _whole(name: str, value: int, minimum: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {minimum}")
     return value
+
+
+def _check_rule(ratio_per: str, masking_prob: float | None) -> float:
+    """Return the share of the views that are masked, if the rule for their ratios has one."""
+    if ratio_per not in ("view", "step"):
+        raise ValueError(f"ratio_per is {ratio_per!r}; choose view or step")
+    if masking_prob is not None and ratio_per == "view":
+        raise ValueError(
+            f"masking_prob is {masking_prob!r}, which ratio_per view passes over: there a pred_ratio of 0 leaves views "
+            "whole; leave it out, or choose ratio_per=step"
+        )
+    return check_share("masking_prob", 0.5 if masking_prob is None else masking_prob)
 
 
 def _check_locals(model: IBOTViT, size: int, scale) -> tuple[int, tuple[float, float]]:
